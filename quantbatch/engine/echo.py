@@ -1,0 +1,60 @@
+"""An engine without a model: for rehearsing a job, and for measuring everything around a model."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from quantbatch.records import Completion, FinishReason, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+DEFAULT_BATCH_SIZE = 1024
+
+
+class EchoEngine:
+    """Answers each prompt with the beginning of its own tokens.
+
+    Args:
+        decode: Turns a batch of token id sequences into texts.
+        batch_size: Rows answered in one step.
+        step_s: Time that a step takes, in seconds.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[list[Sequence[int]]], list[str]],
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        step_s: float = 0.0,
+    ) -> None:
+        self._decode = decode
+        self._batch_size = batch_size
+        self._step_s = step_s
+        self._queue: deque[Request] = deque()
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """See `Engine`."""
+        self._queue.extend(requests)
+
+    def has_work(self) -> bool:
+        """See `Engine`."""
+        return bool(self._queue)
+
+    def step(self) -> Sequence[Completion]:
+        """See `Engine`; never raises."""
+        if self._step_s:
+            time.sleep(self._step_s)
+        batch = [self._queue.popleft() for _ in range(min(self._batch_size, len(self._queue)))]
+        answers = [request.prompt_ids[: request.sampling.max_new_tokens] for request in batch]
+        texts = self._decode(list(answers))
+        return [
+            Completion(request.id, text, answer, FinishReason.STOP)
+            for request, answer, text in zip(batch, answers, texts, strict=True)
+        ]
+
+    def evict(self) -> Sequence[Request]:
+        """See `Engine`; a step never fails, so there is nothing to give back."""
+        return []

@@ -1,0 +1,210 @@
+"""The nouns: what travels between the parts of a job.
+
+    Slice         a run of rows of one input file
+    Chunk         slices that are scheduled, retried and committed together
+    Request       what a row wants from an engine: token ids and how to sample
+    Completion    what the engine gives back for one request
+    Receipt       what became of one chunk, small enough to stream to the driver
+
+A row's id is `<file relative to the input root>:<row number, from 0>`, or the value of the user's
+key column. It comes from the input, never from the run, so it is the same in every attempt.
+
+Between the stages of the pipeline a chunk is *one row* of the Ray dataset: its number, and its rows
+as an Arrow IPC stream in a binary cell (`pack`, `unpack`). Ray then has no rows of ours to bundle,
+slice or convert: a chunk arrives whole whatever `batch_size` a GPU stage needs, and user columns of
+any type pass untouched.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    from quantbatch.spec import Sampling
+
+
+class Status(StrEnum):
+    """What became of a row; every row has exactly one."""
+
+    OK = "ok"
+    TRUNCATED = "truncated"
+    """The answer was cut at max_new_tokens; what there is of it is kept."""
+    INVALID = "invalid"
+    """The answer is complete but not of the form that the task asks for."""
+    ERROR = "error"
+    """There is no answer; error_type and error_message say why."""
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    """The model ended it, or a stop string or stop token came."""
+    LENGTH = "length"
+    """It reached max_new_tokens, or the model's context was full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A run of consecutive rows of one input file."""
+
+    file: str
+    """The file relative to the input root, with forward slashes: the first half of its rows'
+    ids."""
+    first_row: int
+    rows: int
+    mark_row: int = 0
+    """A row at or before the first one whose place in a text file is known: where reading
+    starts."""
+    byte_offset: int = 0
+    """Where the marked row begins in a text file, in bytes after decompression; 0 for Parquet."""
+    line: int = 1
+    """Line number of the marked row in a text file, from 1."""
+    size: int = 0
+    """Size of the file when it was planned, in bytes."""
+    etag: str = ""
+    """Version of the file when it was planned; reading another version is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The unit of scheduling, retry, commit and resume: rows of one shard, in input order."""
+
+    id: int
+    shard: int
+    slices: tuple[Slice, ...]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return sum(piece.rows for piece in self.slices)
+
+
+class RequestId(NamedTuple):
+    """Which row of which chunk a request answers."""
+
+    chunk: int
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one row wants from an engine."""
+
+    id: RequestId
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    seed: int
+    """Seed of this row's own random numbers: derived from the job's seed and the row's id."""
+
+    def __post_init__(self) -> None:
+        assert self.prompt_ids, "an empty prompt is an error row, never a request"
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine gives back for one request."""
+
+    id: RequestId
+    text: str
+    """The answer without special tokens; cut before a stop string."""
+    token_ids: tuple[int, ...]
+    """The generated tokens, the one that ended the answer included."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A request that could not be answered, with the reason for its error row."""
+
+    id: RequestId
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Rows by status, and tokens; adds up over chunks and shards."""
+
+    ok: int = 0
+    truncated: int = 0
+    invalid: int = 0
+    error: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of every status."""
+        return self.ok + self.truncated + self.invalid + self.error
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            *(getattr(self, name) + getattr(other, name) for name in Counts.__dataclass_fields__)
+        )
+
+    def to_json(self) -> dict[str, int]:
+        """The counts by name, as manifests and reports write them."""
+        return {name: getattr(self, name) for name in Counts.__dataclass_fields__}
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStats:
+    """What a replica measured, as of one chunk."""
+
+    replica: str = ""
+    """Id of the replica's actor."""
+    device: str = ""
+    load_s: float = 0.0
+    planned_bytes: int = 0
+    peak_bytes: int = 0
+    """Most memory that the model and its work took: on CUDA as the allocator reserved it, on a CPU
+    the growth of the process over what it was before loading."""
+    busy_s: float = 0.0
+    """Time that the engine worked since the replica's previous chunk, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What became of one chunk.
+
+    Either the chunk is committed (`failure` empty; `counts` are those of the attempt that won), or
+    it could not be read (`failure` says why) and stays undone.
+    """
+
+    chunk: int
+    shard: int
+    counts: Counts = field(default_factory=Counts)
+    failure: str = ""
+    replica: ReplicaStats = field(default_factory=ReplicaStats)
+
+
+CHUNK_CELL = pa.schema([("chunk", pa.int64()), ("cell", pa.large_binary())])
+"""Schema of the Ray dataset between stages: one row a chunk."""
+
+
+def pack(chunk: int, rows: pa.Table) -> pa.Table:
+    """Put the rows of a chunk in one row of the Ray dataset, without copying the encoded bytes."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as stream:
+        stream.write_table(rows)
+    cell = sink.getvalue()
+    offsets = pa.py_buffer(struct.pack("<qq", 0, cell.size))
+    cells = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, cell])
+    return pa.Table.from_arrays([pa.array([chunk], pa.int64()), cells], schema=CHUNK_CELL)
+
+
+def unpack(block: pa.Table) -> tuple[int, pa.Table]:
+    """Take the one chunk out of a block that `pack` made.
+
+    Returns:
+        The chunk's number and its rows, which share the block's memory.
+    """
+    assert block.num_rows == 1, f"a block holds one chunk, this one holds {block.num_rows}"
+    cell = block["cell"][0].as_buffer()
+    return block["chunk"][0].as_py(), pa.ipc.open_stream(cell).read_all()

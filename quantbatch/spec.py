@@ -1,0 +1,369 @@
+"""Every option of a job, once: this file is the interface.
+
+A job is one YAML file that validates as `JobSpec`. Each field says its unit, why its default is
+what it is, and, by `TUNING`, whether it may change between two runs of one job: a field without
+that mark decides the output's bytes, belongs to the job's fingerprint, and a run with another value
+is refused. Reading the YAML, `--set` and error messages with line numbers are in `specfile.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+TUNING: dict[str, Any] = {"tuning": True}
+"""Mark of a field that changes how a job runs and not what it writes: resume accepts another
+value."""
+
+
+class Section(BaseModel):
+    """A part of the spec: frozen, and without room for a field that it does not know."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Storage(Section):
+    """How to reach an S3 store. Credentials come from the environment, as for every AWS tool, never
+    from here.
+    """
+
+    endpoint_url: str | None = Field(None, json_schema_extra=TUNING)
+    """Address of an S3-compatible store; null is AWS."""
+    region: str | None = Field(None, json_schema_extra=TUNING)
+    """Region of the bucket; null takes it from the environment."""
+    anonymous: bool = Field(False, json_schema_extra=TUNING)
+    """Send unsigned requests, for public buckets."""
+
+
+class Input(Section):
+    """Where the rows come from."""
+
+    uri: str | Annotated[list[str], Field(min_length=1)]
+    """A file, a glob, a folder (read with all its sub-folders; `day=2026-01-01` in a path becomes a
+    column `day`) or a list of those; a local path or s3://bucket/key."""
+    format: Literal["auto", "parquet", "jsonl", "csv"] = "auto"
+    """Format of the files; `auto` goes by the ending: .parquet, .jsonl, .ndjson, .csv, also with
+    .gz or .zst."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    """The character between two fields of a CSV file."""
+    key: str | None = None
+    """Column that names each row uniquely and becomes its row_id; null: file and row number."""
+    rows_per_chunk: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", json_schema_extra=TUNING
+    )
+    """Rows that are scheduled, retried and committed together; frozen when the job is first
+    planned. `auto` is 64 to 1,024, so that a small job still has chunks for every replica: after a
+    crash at most this many rows for each chunk in flight are computed again."""
+    storage: Storage = Storage()
+
+
+class Int8(Section):
+    """LLM.int8() of bitsandbytes (arXiv 2208.07339): 8.4 bits a parameter on a 32B model."""
+
+    kind: Literal["int8"] = "int8"
+    threshold: Annotated[float, Field(ge=0)] = 6.0
+    """Activations beyond this value are multiplied in 16 bits. 6 is the paper's value and quality
+    needs it (0 raised the perplexity of a 13B model by a third), but results then depend slightly
+    on batch mates."""
+    skip_modules: list[str] = []
+    """Names of linear layers to leave in 16 bits, besides the library's own list (lm_head)."""
+
+
+class FourBit(Section):
+    """4-bit weights of bitsandbytes (QLoRA, arXiv 2305.14314): 4.7 bits a parameter on a 32B
+    model.
+    """
+
+    kind: Literal["nf4", "fp4"] = "nf4"
+    """nf4 is better than fp4 at the same size (KL divergence 1.6 times smaller in our
+    measurements)."""
+    double_quant: bool = True
+    """Quantize the quantization constants too: 0.37 bits a parameter less at no measurable loss."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type that weights are expanded to for multiplying; `auto` is bfloat16 where the hardware has
+    it (Ampere and later, CPUs with AVX512-BF16), else float32 on a CPU and float16 on a card."""
+    skip_modules: list[str] = []
+    """Names of linear layers to leave in 16 bits, besides the library's own list (lm_head)."""
+
+
+class Unquantized(Section):
+    """Weights as they are in the checkpoint, in the type that `model.dtype` says."""
+
+    kind: Literal["none"] = "none"
+
+
+Quantization = Annotated[Unquantized | Int8 | FourBit, Field(discriminator="kind")]
+
+
+class Model(Section):
+    """Which model, and in how many bits."""
+
+    id: str
+    """A folder, or the name of a Hugging Face repository."""
+    revision: str | None = None
+    """Commit, tag or branch of a repository; the commit that it stands for is recorded. Pin a
+    commit for anything that runs on a schedule."""
+    bits: Literal[4, 8, 16, 32] | None = None
+    """Short form: 4 is nf4 with double quantization, 8 is int8 with threshold 6, 16 the
+    checkpoint's own 16-bit type, 32 float32."""
+    quantization: Quantization | None = None
+    """Long form, for options other than those that `bits` stands for."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of the weights that are not quantized; `auto` is the checkpoint's own."""
+
+    @model_validator(mode="after")
+    def _bits_and_quantization_agree(self) -> Self:
+        if self.bits is not None and self.quantization is not None:
+            raise ValueError("give either bits or quantization, not both")
+        if self.bits == 32 and self.dtype not in ("auto", "float32"):
+            raise ValueError(f"bits 32 is float32, but dtype is {self.dtype}")
+        if self.bits == 16 and self.dtype == "float32":
+            raise ValueError("bits 16 is a 16-bit type, but dtype is float32")
+        return self
+
+    def resolved(self) -> Model:
+        """Return the long form: `quantization` set, `bits` null."""
+        if self.quantization is not None:
+            return self
+        chosen = {4: FourBit(), 8: Int8()}.get(self.bits or 16, Unquantized())
+        dtype = "float32" if self.bits == 32 else self.dtype
+        return self.model_copy(update={"quantization": chosen, "bits": None, "dtype": dtype})
+
+
+class Message(Section):
+    """One message of a conversation, as a template."""
+
+    role: str
+    content: str
+    """A Jinja template over the row's columns."""
+
+
+class Prompt(Section):
+    """How a row becomes a prompt: exactly one of `template`, `messages` and `column`."""
+
+    template: str | None = None
+    """A Jinja template over the row's columns; in the format `chat` it is one user message."""
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    """A conversation of templates."""
+    column: str | None = None
+    """A column that already holds messages ({role, content} structs) or, as a string, the
+    prompt."""
+    format: Literal["chat", "text"] = "chat"
+    """`chat` applies the model's chat template; `text` sends the prompt as it is, for base
+    models."""
+    chat_template_kwargs: dict[str, bool | int | float | str | None] = {}
+    """Arguments for the model's chat template, such as enable_thinking."""
+
+    @model_validator(mode="after")
+    def _exactly_one_source(self) -> Self:
+        given = [
+            name for name in ("template", "messages", "column") if getattr(self, name) is not None
+        ]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of template, messages and column, not {' and '.join(given) or 'none'}"
+            )
+        if self.format == "text" and self.messages is not None:
+            raise ValueError("messages need the format chat; use template for the format text")
+        return self
+
+
+class Generate(Section):
+    """Free text: the completion as it comes."""
+
+    kind: Literal["generate"] = "generate"
+
+
+Task = Generate
+"""What is asked of each row; becomes a union on `kind` as tasks are added."""
+
+
+class Sampling(Section):
+    """How tokens are chosen. Every field counts: a model's generation_config.json changes none of
+    them.
+    """
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    """Longest answer in tokens; a longer one is cut and has the status `truncated`."""
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    """The answer can't end before this many tokens."""
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """0 takes the likeliest token each time (greedy), which is what labeling wants."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens that together have this probability; 1 is off."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from this many likeliest tokens; 0 is off."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the scores of tokens already seen (arXiv 1909.05858); 1 is off."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Strings that end the answer; the answer is cut before them."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the job; each row's own seed is derived from this one and its row_id."""
+
+    @model_validator(mode="after")
+    def _min_within_max(self) -> Self:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}"
+            )
+        return self
+
+
+class StaticEngine(Section):
+    """Plain `generate` of transformers over groups of rows of similar length."""
+
+    kind: Literal["static"] = "static"
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", json_schema_extra=TUNING
+    )
+    """Rows that run at once; `auto` is what the memory plan has room for."""
+    max_input_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Longest prompt in tokens; `auto` is the model's context less max_new_tokens."""
+    too_long: Literal["error", "truncate_left", "truncate_right"] = "error"
+    """What becomes of a longer prompt: an error row, or cut on the left (keeps its end, with the
+    template's generation prompt) or on the right (keeps its beginning)."""
+
+
+class EchoEngine(Section):
+    """No model at all: answers each prompt with the beginning of its own tokens. For trying out
+    everything around a model, and for measuring it.
+    """
+
+    kind: Literal["echo"] = "echo"
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", json_schema_extra=TUNING
+    )
+    """Rows that are answered in one step; `auto` is 1,024."""
+    max_input_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Longest prompt in tokens; `auto` is the model's context less max_new_tokens."""
+    too_long: Literal["error", "truncate_left", "truncate_right"] = "error"
+    """What becomes of a longer prompt."""
+    step_s: Annotated[float, Field(ge=0)] = Field(0.0, json_schema_extra=TUNING)
+    """Time that a step takes, in seconds: makes a rehearsal last as long as the real job."""
+
+
+Engine = Annotated[StaticEngine | EchoEngine, Field(discriminator="kind")]
+
+
+class ReplicaRange(Section):
+    """A pool that grows with the work."""
+
+    min: Annotated[int, Field(ge=1)] = 1
+    max: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+class Cluster(Section):
+    """Where the job runs."""
+
+    replicas: Annotated[int, Field(ge=1)] | ReplicaRange = Field(1, json_schema_extra=TUNING)
+    """Copies of the model: a number, or {min, max} to grow with the work."""
+    gpus_per_replica: Annotated[float, Field(ge=0)] = Field(1, json_schema_extra=TUNING)
+    """Cards of one replica: 1, a fraction to share a card, or 0 to run on CPUs."""
+    cpus_per_replica: Annotated[float, Field(gt=0)] = Field(1, json_schema_extra=TUNING)
+    """CPU cores that one replica takes when it runs without a card."""
+    cpu_fallback: bool = Field(False, json_schema_extra=TUNING)
+    """Run on CPUs when the cluster has no card. Off, because a large model on CPUs seems to
+    hang."""
+    address: str | None = Field(None, json_schema_extra=TUNING)
+    """Ray cluster to join; null: the one that RAY_ADDRESS or the surrounding Ray job names, else
+    one started on this machine for the run."""
+    chunks_in_flight: Annotated[int, Field(ge=1)] = Field(4, json_schema_extra=TUNING)
+    """Chunks that a replica works on at once, so that its batch stays full across their ends."""
+
+
+class Output(Section):
+    """Where the answers go, and in what form."""
+
+    uri: str
+    """A folder: a local path or s3://bucket/prefix."""
+    keep: Literal["all"] | list[str] = "all"
+    """Input columns to carry into the output."""
+    prefix: str = ""
+    """Put before the names of the columns that quantbatch adds (row_id, status, completion, ...),
+    for input that has columns of those names."""
+    compression: Literal["zstd", "snappy", "none"] = "zstd"
+    """Compression of the Parquet files; zstd is about a third smaller than snappy on text."""
+    rows_per_part: Annotated[int, Field(ge=1)] = 100_000
+    """Most rows of one output file. At 1 kB of text a row that is about 30 MB on disk."""
+    storage: Storage = Storage()
+
+
+class Limits(Section):
+    """When to give up."""
+
+    max_error_rate: Annotated[float, Field(ge=0, le=1)] = Field(0.01, json_schema_extra=TUNING)
+    """Share of rows that may end as `error` or `invalid`; beyond it the finished job exits with
+    1."""
+    attempts: Annotated[int, Field(ge=1)] = Field(3, json_schema_extra=TUNING)
+    """How often a chunk is tried when its replica dies under it."""
+
+
+class JobSpec(Section):
+    """A batch job: rows in, a prompt for each, a quantized model, answers out."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = Field(
+        json_schema_extra=TUNING
+    )
+    """Name of the job in logs and reports: letters, digits, dot, dash and underscore, at most
+    63."""
+    input: Input
+    model: Model
+    prompt: Prompt
+    task: Task = Generate()
+    sampling: Sampling = Sampling()
+    engine: Engine = StaticEngine()
+    cluster: Cluster = Cluster()
+    output: Output
+    limits: Limits = Limits()
+
+    def resolved(self) -> JobSpec:
+        """Return the spec with its short forms written out, as it is logged, saved and
+        fingerprinted.
+        """
+        return self.model_copy(update={"model": self.model.resolved()})
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the fields that decide the output's bytes, by dotted path, in JSON types."""
+        return _deciding(self.resolved(), "")
+
+    def fingerprint(self, **others: str) -> str:
+        """Return the SHA-256 of the deciding fields in canonical JSON, as hex.
+
+        Args:
+            others: What else decides the output, such as the digest of the model.
+        """
+        document = json.dumps(self.deciding() | others, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(document.encode()).hexdigest()
+
+
+def _deciding(section: Section, prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, info in type(section).model_fields.items():
+        extra = info.json_schema_extra
+        if isinstance(extra, dict) and extra.get("tuning"):
+            continue
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            found |= _deciding(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = section.model_dump(mode="json", include={name})[name]
+    # Where a job writes is not what it writes: a copied or renamed output folder can be continued.
+    found.pop("output.uri", None)
+    return found
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a job spec, for editors."""
+    schema = JobSpec.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

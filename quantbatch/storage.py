@@ -1,0 +1,393 @@
+"""The only door to a file system.
+
+A `Store` is one folder, local or on S3, and reaches everything under it by keys with forward
+slashes. It promises three things, which the ledger needs and `probe` checks (they are those of
+Delta's log store):
+
+1. `put` is atomic: a reader sees the whole new object or what was there before.
+2. `claim` writes a key only if it does not exist, and says what the key holds afterwards. It never
+   says "you won" or "you lost": when the answer to a conditional put gets lost, boto3, s3fs and
+   obstore all report their own success as "already exists" (measured). Callers put an attempt id in
+   what they claim and compare it with what is there.
+3. `list` shows what was put before.
+
+Nothing is streamed to a store from a `with open(...)` block: s3fs commits the partial object when
+an exception passes through (measured). Objects are built in memory or in a local scratch file and
+put once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import re
+import tempfile
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from typing_extensions import override
+
+from quantbatch.errors import Refused, StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from quantbatch.spec import Storage
+
+PRIVATE = "_quantbatch"
+"""Folder of a job's own records under its output; readers of Parquet skip names that begin with
+`_`."""
+
+
+class FileInfo(NamedTuple):
+    """One object of a store."""
+
+    key: str
+    size: int
+    etag: str
+    """Changes when the object does: S3's ETag, or size and modification time of a local file."""
+
+
+class Store(Protocol):
+    """A folder of objects. Missing objects raise FileNotFoundError, trouble with the store
+    StorageError.
+    """
+
+    @property
+    def uri(self) -> str:
+        """The folder: an absolute local path, or s3://bucket/prefix."""
+        ...
+
+    def read(self, key: str) -> bytes:
+        """Return the whole object."""
+        ...
+
+    def open(self, key: str, *, sequential: bool = False) -> IO[bytes]:
+        """Open an object for reading; `sequential` reads ahead, for text."""
+        ...
+
+    def info(self, key: str) -> FileInfo:
+        """Return size and version of one object."""
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[FileInfo]:
+        """Yield all objects whose keys begin with `prefix`, a folder name, in the order of their
+        keys.
+        """
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write a whole object, replacing what is there."""
+        ...
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Write a whole object from a local file, which may be gone afterwards."""
+        ...
+
+    def claim(self, key: str, data: bytes) -> bytes:
+        """Write a small object if there is none, and return what the key holds now."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        ...
+
+
+def open_store(uri: str, storage: Storage) -> Store:
+    """Return the store at a local path, file:// or s3:// URI; opens no connection."""
+    if uri.startswith("s3://"):
+        return S3Store(uri.rstrip("/"), storage)
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
+    if scheme and scheme[1] != "file":
+        raise StorageError(
+            f"{redact(uri)}: no store is known for {scheme[1]}://",
+            "use a local path, file:// or s3://",
+        )
+    return LocalStore(str(Path(uri.removeprefix("file://")).expanduser().absolute()))
+
+
+def redact(text: str) -> str:
+    """Take user info and query strings, where credentials hide, out of the URIs in a text."""
+    text = re.sub(r"(\w+://)[^/\s@]*@", r"\1", text)
+    return re.sub(r"(\w+://[^\s?]*)\?\S*", r"\1", text)
+
+
+def probe(store: Store) -> None:
+    """Refuse a store that can't be written to or that breaks the promises of this module.
+
+    Raises:
+        StorageError: The store can't be written.
+        Refused: A second claim of a key replaced the first.
+    """
+    key = f"{PRIVATE}/probe/{uuid.uuid4().hex}"
+    first = store.claim(key, b"first")
+    second = store.claim(key, b"second")
+    store.delete(key)
+    if (first, second) != (b"first", b"first"):
+        raise Refused(
+            f"{redact(store.uri)}: the store replaced an object that a conditional put must keep",
+            "an output needs a store that honours If-None-Match on PUT, as AWS S3 and local disks do",
+        )
+
+
+@dataclass(frozen=True)
+class LocalStore:
+    """A folder on a local or network disk."""
+
+    uri: str
+
+    def _path(self, key: str) -> Path:
+        path = Path(self.uri, key)
+        assert ".." not in path.parts, f"the key {key!r} leaves the store"
+        return path
+
+    def read(self, key: str) -> bytes:
+        """See `Store`."""
+        with _explained(self.uri):
+            return self._path(key).read_bytes()
+
+    def open(self, key: str, *, sequential: bool = False) -> IO[bytes]:
+        """See `Store`."""
+        del sequential
+        with _explained(self.uri):
+            return self._path(key).open("rb")
+
+    def info(self, key: str) -> FileInfo:
+        """See `Store`."""
+        with _explained(self.uri):
+            return _local_info(key, self._path(key).stat())
+
+    def list(self, prefix: str = "") -> Iterator[FileInfo]:
+        """See `Store`."""
+        with _explained(self.uri):
+            yield from self._walk(self._path(prefix), prefix.strip("/"))
+
+    def _walk(self, folder: Path, key: str) -> Iterator[FileInfo]:
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda e: e.name + "/" * e.is_dir()):
+                child = f"{key}/{entry.name}" if key else entry.name
+                if entry.is_dir():
+                    yield from self._walk(Path(entry.path), child)
+                else:
+                    # A file may go between listing and looking: another driver's scratch file.
+                    with contextlib.suppress(FileNotFoundError):
+                        yield _local_info(child, entry.stat())
+
+    def put(self, key: str, data: bytes) -> None:
+        """See `Store`."""
+        with _explained(self.uri), self._scratch(key, data) as scratch:
+            scratch.replace(self._path(key))
+            _sync_folder(self._path(key).parent)
+
+    def put_file(self, key: str, path: Path) -> None:
+        """See `Store`."""
+        with _explained(self.uri), path.open("rb") as source, self._scratch(key, source) as scratch:
+            scratch.replace(self._path(key))
+            _sync_folder(self._path(key).parent)
+
+    def claim(self, key: str, data: bytes) -> bytes:
+        """See `Store`; a hard link fails if its name exists, on NFS too."""
+        with _explained(self.uri):
+            with contextlib.suppress(FileExistsError), self._scratch(key, data) as scratch:
+                os.link(scratch, self._path(key))
+                _sync_folder(self._path(key).parent)
+            return self._path(key).read_bytes()
+
+    def delete(self, key: str) -> None:
+        """See `Store`."""
+        with _explained(self.uri):
+            self._path(key).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _scratch(self, key: str, source: bytes | IO[bytes]) -> Iterator[Path]:
+        """Write a hidden file beside `key` and down to the disk; it is gone afterwards."""
+        target = self._path(key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.parent / f".{uuid.uuid4().hex}.tmp"
+        try:
+            with scratch.open("xb") as file:
+                for block in (
+                    [source]
+                    if isinstance(source, bytes)
+                    else iter(lambda: source.read(1 << 22), b"")
+                ):
+                    file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+            yield scratch
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+def _local_info(key: str, stat: os.stat_result) -> FileInfo:
+    return FileInfo(key, stat.st_size, f"{stat.st_mtime_ns:x}-{stat.st_size:x}")
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename or link is on disk only when its folder is (ext4 and xfs lose it in a power cut
+    # otherwise).
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class S3Store:
+    """A prefix of a bucket, through s3fs."""
+
+    uri: str
+    storage: Storage
+
+    @cached_property
+    def _fs(self) -> Any:  # noqa: ANN401 - s3fs ships no types
+        import s3fs  # half a second, and only jobs on S3 need it
+
+        region = {"region_name": self.storage.region} if self.storage.region else {}
+        return s3fs.S3FileSystem(
+            anon=self.storage.anonymous,
+            endpoint_url=self.storage.endpoint_url,
+            client_kwargs=region,
+            # A store that hangs must become an error: botocore waits 60 s for a connection by
+            # default.
+            config_kwargs={"connect_timeout": 5, "read_timeout": 60},
+            use_listings_cache=False,
+            skip_instance_cache=True,
+        )
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {"uri": self.uri, "storage": self.storage}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def _path(self, key: str) -> str:
+        return f"{self.uri.removeprefix('s3://')}/{key}"
+
+    def read(self, key: str) -> bytes:
+        """See `Store`."""
+        with _explained(self.uri):
+            data: bytes = self._fs.cat_file(self._path(key))
+            return data
+
+    def open(self, key: str, *, sequential: bool = False) -> IO[bytes]:
+        """See `Store`."""
+        with _explained(self.uri):
+            file: IO[bytes] = self._fs.open(
+                self._path(key),
+                "rb",
+                # pyarrow asks for exactly the byte ranges that it needs; reading ahead would fetch
+                # others.
+                cache_type="readahead" if sequential else "none",
+                block_size=8 << 20,
+            )
+            return file
+
+    def info(self, key: str) -> FileInfo:
+        """See `Store`."""
+        with _explained(self.uri):
+            return self._info(self._fs.info(self._path(key)))
+
+    def list(self, prefix: str = "") -> Iterator[FileInfo]:
+        """See `Store`."""
+        with _explained(self.uri):
+            found = self._fs.find(self._path(prefix).rstrip("/"), detail=True)
+        for name in sorted(found):
+            yield self._info(found[name])
+
+    def _info(self, found: dict[str, Any]) -> FileInfo:
+        key = found["name"][len(self.uri.removeprefix("s3://")) + 1 :]
+        return FileInfo(key, found["size"], found.get("ETag", "").strip('"'))
+
+    def put(self, key: str, data: bytes) -> None:
+        """See `Store`."""
+        with _explained(self.uri):
+            self._fs.pipe_file(self._path(key), data)
+
+    def put_file(self, key: str, path: Path) -> None:
+        """See `Store`."""
+        with _explained(self.uri):
+            self._fs.put_file(str(path), self._path(key))
+
+    def claim(self, key: str, data: bytes) -> bytes:
+        """See `Store`."""
+        with _explained(self.uri):
+            failure: Exception | None = None
+            try:
+                self._fs.pipe_file(self._path(key), data, mode="create")
+            except OSError as error:
+                # Whatever it says, the object may be there: Ceph answers 412 as OSError, not
+                # FileExistsError, and a lost answer looks like a loss. What is there decides.
+                failure = error
+            try:
+                found: bytes = self._fs.cat_file(self._path(key))
+            except FileNotFoundError:
+                raise failure or StorageError(
+                    f"{redact(self.uri)}/{key}: written, then not found"
+                ) from failure
+            return found
+
+    def delete(self, key: str) -> None:
+        """See `Store`."""
+        with _explained(self.uri), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(key))
+
+
+@contextlib.contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    """Turn what file systems and botocore raise into one StorageError with a remedy."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if "bucket" in str(error).lower():
+            raise StorageError(
+                f"{redact(uri)}: there is no such bucket", "create it, or correct the uri"
+            ) from error
+        raise
+    except PermissionError as error:
+        raise StorageError(
+            f"{redact(uri)}: access denied ({redact(str(error))})",
+            "check the permissions, and for S3 the credentials in the environment",
+        ) from error
+    except OSError as error:
+        raise StorageError(f"{redact(uri)}: {redact(str(error))}", _remedy(error)) from error
+    except Exception as error:
+        # botocore's exceptions have no common base with OSError, and importing it here would cost
+        # 0.3 s.
+        if not type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
+            raise
+        raise StorageError(
+            f"{redact(uri)}: {redact(str(error))}",
+            "check the endpoint, the region and the credentials",
+        ) from error
+
+
+def _remedy(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "make room and run the same command again; nothing committed is lost"
+        case errno.EROFS:
+            return "the file system is read-only: choose another output"
+        case errno.ENOTDIR | errno.EEXIST:
+            return "a part of the path is a file: choose another path"
+        case _:
+            return "check the path, or the endpoint and credentials of the store"
+
+
+@contextlib.contextmanager
+def scratch_file() -> Iterator[Path]:
+    """Give the path of a local file to build an object in; it is removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="quantbatch-") as folder:
+        yield Path(folder, "object")
+
+
+def as_buffer(data: bytes) -> IO[bytes]:
+    """Return bytes as a file to read from."""
+    return io.BytesIO(data)

@@ -1,0 +1,1 @@
+"""Loading weights: one file for each way."""
