@@ -17,8 +17,9 @@ any type pass untouched.
 
 from __future__ import annotations
 
+import json
 import struct
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -69,6 +70,8 @@ class Slice:
     """Size of the file when it was planned, in bytes."""
     etag: str = ""
     """Version of the file when it was planned; reading another version is refused."""
+    partition: str = ""
+    """Hive folders of the file, such as `day=2026-01-01`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,22 +169,36 @@ class ReplicaStats:
     """Most memory that the model and its work took: on CUDA as the allocator reserved it, on a CPU
     the growth of the process over what it was before loading."""
     busy_s: float = 0.0
-    """Time that the engine worked since the replica's previous chunk, in seconds."""
+    """Time that the engine has worked so far, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """What became of one chunk.
 
-    Either the chunk is committed (`failure` empty; `counts` are those of the attempt that won), or
-    it could not be read (`failure` says why) and stays undone.
+    Committed (`failure` empty; `counts` are those of the attempt that won), or undone.
     """
 
     chunk: int
     shard: int
     counts: Counts = field(default_factory=Counts)
     failure: str = ""
+    """Why the chunk is not committed."""
+    fatal: bool = False
+    """The failure concerns not this chunk but the job: a full disk, a model that can't be
+    loaded."""
     replica: ReplicaStats = field(default_factory=ReplicaStats)
+
+    def to_json(self) -> str:
+        """Return the receipt as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Receipt:
+        """Read what `to_json` wrote."""
+        found = json.loads(text)
+        nested = {"counts": Counts(**found["counts"]), "replica": ReplicaStats(**found["replica"])}
+        return cls(**found | nested)
 
 
 CHUNK_CELL = pa.schema([("chunk", pa.int64()), ("cell", pa.large_binary())])

@@ -165,9 +165,8 @@ class Prompt(Section):
             name for name in ("template", "messages", "column") if getattr(self, name) is not None
         ]
         if len(given) != 1:
-            raise ValueError(
-                f"give exactly one of template, messages and column, not {' and '.join(given) or 'none'}"
-            )
+            found = " and ".join(given) or "none"
+            raise ValueError(f"give exactly one of template, messages and column, not {found}")
         if self.format == "text" and self.messages is not None:
             raise ValueError("messages need the format chat; use template for the format text")
         return self
@@ -208,9 +207,7 @@ class Sampling(Section):
     @model_validator(mode="after")
     def _min_within_max(self) -> Self:
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}"
-            )
+            raise ValueError(f"min_new_tokens is above max_new_tokens, {self.max_new_tokens}")
         return self
 
 
@@ -223,7 +220,8 @@ class StaticEngine(Section):
     )
     """Rows that run at once; `auto` is what the memory plan has room for."""
     max_input_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Longest prompt in tokens; `auto` is the model's context less max_new_tokens."""
+    """Longest prompt in tokens; `auto` is the model's context less max_new_tokens, at most 8,192,
+    because the card must have room for the longest prompt that is let in."""
     too_long: Literal["error", "truncate_left", "truncate_right"] = "error"
     """What becomes of a longer prompt: an error row, or cut on the left (keeps its end, with the
     template's generation prompt) or on the right (keeps its beginning)."""
@@ -270,6 +268,10 @@ class Cluster(Section):
     """Copies of the model: a number, or {min, max} to grow with the work."""
     gpus_per_replica: Annotated[float, Field(ge=0)] = Field(1, json_schema_extra=TUNING)
     """Cards of one replica: 1, a fraction to share a card, or 0 to run on CPUs."""
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = Field(None, json_schema_extra=TUNING)
+    """Memory of one card in GiB as torch reports it, for planning without one: a card sold as 24 GB
+    has about 23.6, an L4 or A10G about 22. Null: each replica asks its card, and the plan gives no
+    verdict."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = Field(1, json_schema_extra=TUNING)
     """CPU cores that one replica takes when it runs without a card."""
     cpu_fallback: bool = Field(False, json_schema_extra=TUNING)

@@ -131,7 +131,7 @@ def probe(store: Store) -> None:
     if (first, second) != (b"first", b"first"):
         raise Refused(
             f"{redact(store.uri)}: the store replaced an object that a conditional put must keep",
-            "an output needs a store that honours If-None-Match on PUT, as AWS S3 and local disks do",
+            "an output needs a store that honours If-None-Match, as AWS S3 and local disks do",
         )
 
 
@@ -205,10 +205,10 @@ class LocalStore:
 
     @contextlib.contextmanager
     def _scratch(self, key: str, source: bytes | IO[bytes]) -> Iterator[Path]:
-        """Write a hidden file beside `key` and down to the disk; it is gone afterwards."""
-        target = self._path(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.parent / f".{uuid.uuid4().hex}.tmp"
+        """Write a file that no reader looks at, down to the disk; it is gone afterwards."""
+        scratch = self._path(f"{PRIVATE}/scratch/{uuid.uuid4().hex}")
+        for folder in (scratch.parent, self._path(key).parent):
+            folder.mkdir(parents=True, exist_ok=True)
         try:
             with scratch.open("xb") as file:
                 for block in (

@@ -1,0 +1,35 @@
+# Each target makes what it needs; on a fresh machine the first one creates .venv and installs into it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check fmt docs clean
+
+demo: .venv/installed ## Run the quickstart job on docstrings of this Python's standard library
+	@$(BIN)/python jobs/quickstart/demo.py
+
+test: .venv/installed ## Unit and integration tests; those for a card and the slow ones are left out
+	$(BIN)/python -m pytest
+
+check: .venv/installed ## Format, lint, types, stale generated files, every config planned
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python jobs/generated.py --check
+
+fmt: .venv/installed ## Format and mend what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: .venv/installed ## Write the generated files: the JSON schema and the reference of the spec
+	$(BIN)/python jobs/generated.py
+
+clean:
+	rm -rf .venv out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# torch first and by its exact version: a range would let pip take a newer build with gigabytes of CUDA.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@

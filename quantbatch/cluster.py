@@ -1,0 +1,195 @@
+"""All that a job asks of Ray: a cluster to run on, settings, and what its exceptions mean."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import ray
+import ray.data
+import ray.exceptions
+from ray.data import ActorPoolStrategy, DataContext
+
+from quantbatch.errors import ClusterError, Stopped
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from quantbatch.spec import Cluster, JobSpec
+
+LIGHT_TASK_CPUS = 1.0
+"""CPU cores that reading, committing and publishing take beside the replicas."""
+
+
+@contextlib.contextmanager
+def connected(cluster: Cluster) -> Iterator[str]:
+    """Join or start a Ray cluster for the time of a run, and let SIGTERM end the run.
+
+    A cluster that was there before, such as the caller's own, is left running.
+
+    Yields:
+        The device that replicas work on: `cuda` or `cpu`.
+
+    Raises:
+        ClusterError: No cluster answers, or it lacks what the job needs.
+    """
+    ours = not ray.is_initialized()
+    if ours:
+        _init(cluster)
+    try:
+        with _context(), _stopped_by_sigterm():
+            yield _device(cluster)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _init(cluster: Cluster) -> None:
+    # Ray's C++ side logs errors of its own upkeep to the terminal; what concerns a job comes as
+    # exceptions.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, **options)
+        else:
+            # Cores are counted generously: replicas on CPUs must not starve the tasks that feed
+            # them.
+            cores = max(os.cpu_count() or 1, _replica_cpus(cluster) + LIGHT_TASK_CPUS)
+            ray.init("local", num_cpus=int(-(-cores // 1)), include_dashboard=False, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address or 'this machine'}: {error}",
+            "check cluster.address, or leave it out to start Ray on this machine",
+        ) from error
+
+
+def _replica_cpus(cluster: Cluster) -> float:
+    count = cluster.replicas if isinstance(cluster.replicas, int) else cluster.replicas.min
+    return count * cluster.cpus_per_replica
+
+
+@contextlib.contextmanager
+def _context() -> Iterator[None]:
+    """Set Ray Data up for chunks that are one row each (see `records`); undone afterwards."""
+    before = DataContext.get_current()
+    context = before.copy()
+    # Every row becomes a block of its own and goes on at once: a chunk never waits for another.
+    context.target_max_block_size = 1
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.enable_auto_log_stats = False
+    # Ray fails a job without output for 30 minutes; a chunk of long answers may take longer.
+    context.execution_no_progress_timeout_s = -1
+    DataContext._set_current(context)
+    try:
+        yield
+    finally:
+        DataContext._set_current(before)
+
+
+def _device(cluster: Cluster) -> str:
+    """Choose what replicas work on, and see that the cluster has it."""
+    resources = ray.cluster_resources()
+    if cluster.gpus_per_replica > 0:
+        if resources.get("GPU", 0) >= cluster.gpus_per_replica:
+            return "cuda"
+        if not cluster.cpu_fallback:
+            raise ClusterError(
+                f"each replica needs {cluster.gpus_per_replica:g} GPU, and the cluster has "
+                f"{resources.get('GPU', 0):g}",
+                "add a GPU node, or run on CPUs with --set cluster.cpu_fallback=true",
+            )
+    needed = _replica_cpus(cluster) + LIGHT_TASK_CPUS
+    if resources.get("CPU", 0) < needed:
+        raise ClusterError(
+            f"the replicas and the tasks beside them need {needed:g} CPUs, and the cluster has "
+            f"{resources.get('CPU', 0):g}",
+            "lower cluster.replicas or cluster.cpus_per_replica",
+        )
+    return "cpu"
+
+
+def task_options(num_cpus: float) -> dict[str, Any]:
+    """Return the arguments of `map_batches` for a stage of tasks that take one chunk each."""
+    return {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": num_cpus}
+
+
+def actor_options(spec: JobSpec, device: str) -> dict[str, Any]:
+    """Return the arguments of `map_batches` for the pool of replicas."""
+    cluster = spec.cluster
+    on_gpu = device == "cuda"
+    replicas = cluster.replicas
+    size = (
+        {"size": replicas}
+        if isinstance(replicas, int)
+        else {
+            "min_size": replicas.min,
+            "max_size": replicas.max,
+        }
+    )
+    return {
+        "batch_size": 1,
+        "batch_format": "pyarrow",
+        "num_gpus": cluster.gpus_per_replica if on_gpu else None,
+        # A replica on a card leaves the cores to the tasks that feed it.
+        "num_cpus": 0 if on_gpu else cluster.cpus_per_replica,
+        "compute": ActorPoolStrategy(
+            **size,
+            max_tasks_in_flight_per_actor=cluster.chunks_in_flight,
+            max_concurrent_calls_per_actor=cluster.chunks_in_flight,
+        ),
+        # A replica that dies is started again; a chunk that keeps killing replicas ends the run.
+        "max_restarts": -1,
+        "max_task_retries": spec.limits.attempts - 1,
+    }
+
+
+@contextlib.contextmanager
+def explained(spec: JobSpec) -> Iterator[None]:
+    """Turn the ways in which a run on Ray can break down into an error that says so."""
+    try:
+        yield
+    except ray.exceptions.RayActorError as error:
+        times = spec.limits.attempts
+        raise Stopped(
+            f"a replica died {times} times under the same chunk: {_first_line(error)}",
+            "often the machine's memory; the same command continues with the chunks that are left",
+        ) from error
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        raise Stopped(
+            f"a worker process died: {_first_line(error)}", "the same command continues the job"
+        ) from error
+    except ray.exceptions.RaySystemError as error:
+        raise Stopped(
+            f"Ray failed: {_first_line(error)}", "the same command continues the job"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does; what is committed stays, the rest is done again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> NoReturn:
+        del frame
+        raise Stopped(
+            f"stopped by {signal.Signals(number).name}", "the same command continues the job"
+        )
+
+    # After ray.init, which sets handlers of its own.
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

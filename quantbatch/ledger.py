@@ -1,0 +1,403 @@
+"""Who owns an output, what of it is done, and what readers may see: the commit protocol.
+
+    OUT/[day=.../]part-<shard>.parquet             visible to readers: whole shards only
+    OUT/_SUCCESS                                   JSON manifest, when all of the input is answered
+    OUT/_quantbatch/job.json                       claimed by the first driver: fingerprint, spec,
+    versions
+    OUT/_quantbatch/plan/<generation>.parquet      claimed: the frozen chunk list
+    OUT/_quantbatch/data/<chunk>-<attempt>.parquet one name for each attempt
+    OUT/_quantbatch/commits/<chunk>.json           claimed: names the attempt that counts
+    OUT/_quantbatch/shards/<shard>.json            put after the shard's file: its rows and counts
+    OUT/_quantbatch/summary.json                   report of the latest run
+
+A chunk is done when its commit record exists. Many attempts may compute it (a retry after a crash,
+a second driver); each writes its own data file and then claims the record, and what the record says
+afterwards is what counts, whatever the store answered. A shard is published from commit records
+alone, so whoever publishes it writes the same rows. Nothing here depends on time, on a lock, or on
+a process saying goodbye.
+
+The row-count law: a chunk is committed only with as many rows as the plan gives it, and a shard is
+published only with the sum of those of its chunks.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import platform
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from quantbatch import rows as row_layout
+from quantbatch.errors import Refused
+from quantbatch.plan import Plan
+from quantbatch.records import Counts, Receipt
+from quantbatch.storage import PRIVATE, open_store, redact, scratch_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from quantbatch.plan import Shard
+    from quantbatch.records import Chunk
+    from quantbatch.spec import JobSpec
+    from quantbatch.storage import Store
+
+FORMAT = 1
+"""Version of the records in `_quantbatch/`; another version is refused."""
+READS_AT_ONCE = 16
+ROWS_PER_GROUP = 65_536
+"""Rows of one Parquet row group of the output: a chunk's few hundred would make slow files."""
+
+JOB = f"{PRIVATE}/job.json"
+SUMMARY = f"{PRIVATE}/summary.json"
+SUCCESS = "_SUCCESS"
+
+
+def plan_key(generation: int) -> str:
+    """Key of one generation of the frozen plan."""
+    return f"{PRIVATE}/plan/{generation:04d}.parquet"
+
+
+def data_key(chunk: int, attempt: str) -> str:
+    """Key of the rows that one attempt computed."""
+    return f"{PRIVATE}/data/{chunk:08d}-{attempt}.parquet"
+
+
+def commit_key(chunk: int) -> str:
+    """Key of a chunk's commit record."""
+    return f"{PRIVATE}/commits/{chunk:08d}.json"
+
+
+def shard_key(shard: int) -> str:
+    """Key of a published shard's record."""
+    return f"{PRIVATE}/shards/{shard:06d}.json"
+
+
+class OutputFormat(NamedTuple):
+    """How output files are written."""
+
+    schema: pa.Schema
+    """Its metadata carries fingerprint and versions."""
+    prefix: str
+    compression: str
+
+
+class Commit(NamedTuple):
+    """A commit record: the attempt that counts for a chunk."""
+
+    chunk: int
+    attempt: str
+    rows: int
+    sha256: str
+    """Of the data file, as hex."""
+    counts: Counts
+
+    def to_bytes(self) -> bytes:
+        """Return the record as JSON."""
+        return _json(self._asdict() | {"counts": self.counts.to_json()})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Commit:
+        """Read what `to_bytes` wrote."""
+        found = json.loads(data)
+        return cls(**found | {"counts": Counts(**found["counts"])})
+
+
+class Published(NamedTuple):
+    """A shard record: a file that readers see."""
+
+    shard: int
+    key: str
+    counts: Counts
+
+    def to_bytes(self) -> bytes:
+        """Return the record as JSON."""
+        return _json(self._asdict() | {"counts": self.counts.to_json()})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Published:
+        """Read what `to_bytes` wrote."""
+        found = json.loads(data)
+        return cls(**found | {"counts": Counts(**found["counts"])})
+
+
+def commit_chunk(store: Store, chunk: int, answered: pa.Table, target: OutputFormat) -> Receipt:
+    """Write the rows of one chunk and make them count, unless another attempt already does.
+
+    Idempotent: called again, also elsewhere at the same time, it ends with one record for the
+    chunk.
+    """
+    facts = row_layout.facts_of(answered)
+    assert answered.num_rows == facts.rows, (
+        f"chunk {chunk}: {answered.num_rows} of {facts.rows} rows"
+    )
+    attempt = uuid.uuid4().hex[:12]
+    table = row_layout.output(answered, target.schema, target.prefix, attempt)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression=target.compression)
+    data = sink.getvalue().to_pybytes()
+    store.put(data_key(chunk, attempt), data)
+    counts = row_layout.counts_of(answered)
+    ours = Commit(chunk, attempt, facts.rows, hashlib.sha256(data).hexdigest(), counts)
+    theirs = Commit.from_bytes(store.claim(commit_key(chunk), ours.to_bytes()))
+    if theirs.attempt != attempt:
+        # The record is never replaced, so nothing will ever refer to our file.
+        store.delete(data_key(chunk, attempt))
+    return Receipt(chunk, facts.shard, theirs.counts, replica=facts.replica)
+
+
+def publish_shard(
+    store: Store, shard: Shard, chunks: Sequence[int], target: OutputFormat
+) -> Published:
+    """Put the committed rows of a shard where readers see them, in input order.
+
+    Idempotent: what it writes depends on the commit records only.
+    """
+    commits = [Commit.from_bytes(store.read(commit_key(chunk))) for chunk in chunks]
+    assert sum(commit.rows for commit in commits) == shard.rows, f"rows of shard {shard.id}"
+    with scratch_file() as path:
+        with pq.ParquetWriter(path, target.schema, compression=target.compression) as writer:
+            for group in _grouped(_committed_rows(store, commit) for commit in commits):
+                writer.write_table(group, row_group_size=ROWS_PER_GROUP)
+        written = pq.read_metadata(path).num_rows
+        assert written == shard.rows, f"shard {shard.id}: {written} of {shard.rows} rows written"
+        store.put_file(shard.key, path)
+    published = Published(shard.id, shard.key, sum((c.counts for c in commits), Counts()))
+    store.put(shard_key(shard.id), published.to_bytes())
+    return published
+
+
+def _committed_rows(store: Store, commit: Commit) -> pa.Table:
+    data = store.read(data_key(commit.chunk, commit.attempt))
+    if hashlib.sha256(data).hexdigest() != commit.sha256:
+        raise Refused(
+            f"{redact(store.uri)}/{data_key(commit.chunk, commit.attempt)}: not what was committed",
+            f"the file was damaged; delete it and {commit_key(commit.chunk)}, and run again",
+        )
+    return pq.read_table(pa.BufferReader(data))
+
+
+def _grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Join consecutive tables until they make a row group."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(t.num_rows for t in waiting) >= ROWS_PER_GROUP:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+@dataclass
+class Ledger:
+    """The driver's view of an output: what it belongs to and how far it is."""
+
+    store: Store
+    spec: JobSpec
+    identity: dict[str, Any]
+    """What decides the output: the spec's deciding fields and the model's digest."""
+    plan: Plan | None = None
+    generations: int = 0
+    commits: dict[int, Counts] = field(default_factory=dict)
+    """Committed chunks of shards that are not published."""
+    published: dict[int, Published] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, spec: JobSpec, model_digest: str) -> Ledger:
+        """Look at the output, without writing to it.
+
+        Raises:
+            Refused: It belongs to another job, or its records are of another format.
+        """
+        store = open_store(spec.output.uri, spec.output.storage)
+        ledger = cls(store, spec, spec.deciding() | {"model.digest": model_digest})
+        job = _read_json(store, JOB)
+        if job is None:
+            _refuse_strangers(store)
+            return ledger
+        _refuse_other_job(store, job, ledger.identity)
+        ledger._load_plan()
+        if ledger.plan:
+            ledger._load_progress(ledger.plan)
+        return ledger
+
+    def freeze(self, plan: Plan) -> None:
+        """Make the output ours and add a generation to its plan; a rival's claim counts if it was
+        first.
+        """
+        store = self.store
+        job = json.loads(store.claim(JOB, _json(self._job_record())))
+        _refuse_other_job(store, job, self.identity)
+        store.claim(plan_key(self.generations), plan.to_bytes())
+        self._load_plan()
+
+    def undone(self) -> Iterator[Chunk]:
+        """Yield the chunks that no commit record names, in input order."""
+        for chunk in self._plan.each_chunk():
+            if chunk.shard not in self.published and chunk.id not in self.commits:
+                yield chunk
+
+    def unpublished(self) -> list[Shard]:
+        """Return the shards whose chunks are all committed but which readers don't see yet."""
+        return [s for s in self._plan.shards if s.id not in self.published and self._whole(s)]
+
+    def record(self, receipt: Receipt) -> tuple[Shard, ...]:
+        """Note a committed chunk; return its shard if that is now whole, else nothing."""
+        self.commits[receipt.chunk] = receipt.counts
+        shard = self._plan.shards[receipt.shard]
+        return (shard,) if self._whole(shard) else ()
+
+    def record_published(self, published: Published) -> None:
+        """Note a published shard; its chunks need no memory any more."""
+        self.published[published.shard] = published
+        for chunk in self._plan.chunks_of(self._plan.shards[published.shard]):
+            self.commits.pop(chunk, None)
+
+    @property
+    def _plan(self) -> Plan:
+        assert self.plan is not None, "the plan is frozen before anything is recorded"
+        return self.plan
+
+    def _whole(self, shard: Shard) -> bool:
+        return all(chunk in self.commits for chunk in self._plan.chunks_of(shard))
+
+    @property
+    def counts(self) -> Counts:
+        """Rows by status and tokens, over all that is committed."""
+        published = (shard.counts for shard in self.published.values())
+        return sum(published, Counts()) + sum(self.commits.values(), Counts())
+
+    @property
+    def finished(self) -> bool:
+        """Tell whether every shard of the plan is published."""
+        return self.plan is not None and len(self.published) == len(self.plan.shards)
+
+    def succeed(self) -> None:
+        """Tell readers that all of the input is answered."""
+        assert self.finished
+        files = [
+            {"file": shard.key, "rows": shard.counts.rows}
+            for shard in sorted(self.published.values())
+        ]
+        document = {
+            "format": FORMAT,
+            "name": self.spec.name,
+            "fingerprint": self.fingerprint,
+            "counts": self.counts.to_json(),
+            "files": files,
+        }
+        self.store.put(SUCCESS, _json(document))
+
+    def summarize(self, report: Mapping[str, Any]) -> None:
+        """Keep the report of the latest run beside the output."""
+        self.store.put(SUMMARY, _json(report))
+
+    def succeeded(self) -> bool:
+        """Tell whether the manifest covers the whole plan, so that nothing is left to do."""
+        found = _read_json(self.store, SUCCESS)
+        return self.finished and found is not None and len(found["files"]) == len(self.published)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides the output, as hex."""
+        return hashlib.sha256(_json(self.identity)).hexdigest()
+
+    def output_format(self, schema: pa.Schema) -> OutputFormat:
+        """Return how this job's files are written."""
+        note = {"fingerprint": self.fingerprint, "versions": versions()}
+        output = self.spec.output
+        schema = schema.with_metadata({"quantbatch": json.dumps(note, sort_keys=True)})
+        return OutputFormat(schema, output.prefix, output.compression)
+
+    def _job_record(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "name": self.spec.name,
+            "fingerprint": self.fingerprint,
+            "identity": self.identity,
+            "spec": self.spec.resolved().model_dump(mode="json"),
+            "versions": versions(),
+            "claim": uuid.uuid4().hex,
+        }
+
+    def _load_plan(self) -> None:
+        keys = sorted(info.key for info in self.store.list(f"{PRIVATE}/plan"))
+        plans = [Plan.from_bytes(self.store.read(key)) for key in keys]
+        self.plan = functools.reduce(Plan.followed_by, plans) if plans else None
+        self.generations = len(plans)
+
+    def _load_progress(self, plan: Plan) -> None:
+        for data in self._read_all(f"{PRIVATE}/shards", lambda _: True):
+            shard = Published.from_bytes(data)
+            self.published[shard.shard] = shard
+        done = {c for s in plan.shards if s.id in self.published for c in plan.chunks_of(s)}
+        for data in self._read_all(f"{PRIVATE}/commits", lambda chunk: chunk not in done):
+            commit = Commit.from_bytes(data)
+            self.commits[commit.chunk] = commit.counts
+
+    def _read_all(self, prefix: str, wanted: Callable[[int], bool]) -> Iterator[bytes]:
+        """Read the records under a prefix whose numbers are wanted, several at once."""
+        keys = [i.key for i in self.store.list(prefix) if wanted(int(PurePosixPath(i.key).stem))]
+        with ThreadPoolExecutor(READS_AT_ONCE, "records") as pool:
+            yield from pool.map(self.store.read, keys)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides an answer."""
+    names = ("quantbatch", "torch", "transformers", "tokenizers", "bitsandbytes", "ray", "pyarrow")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+
+
+def _refuse_strangers(store: Store) -> None:
+    for info in store.list():
+        if info.key.split("/")[0] != PRIVATE:
+            raise Refused(
+                f"{redact(store.uri)}: not empty ({info.key}), and not the output of a job",
+                "choose an empty output.uri",
+            )
+
+
+def _refuse_other_job(store: Store, job: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    where = redact(store.uri)
+    if job["format"] != FORMAT:
+        raise Refused(
+            f"{where}: written in format {job['format']}, this is format {FORMAT}",
+            "use the version of quantbatch that wrote it, or another output.uri",
+        )
+    fields = {**job["identity"], **identity}
+    changed = [
+        f"{name} was {_short(job['identity'].get(name))}, now {_short(identity.get(name))}"
+        for name in fields
+        if job["identity"].get(name) != identity.get(name)
+    ]
+    if changed:
+        raise Refused(
+            f"{where} belongs to another job: {'; '.join(changed)}",
+            "undo the change to continue that job, or choose another output.uri for this one",
+        )
+
+
+def _short(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _read_json(store: Store, key: str) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(store.read(key))
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, sort_keys=True, indent=1).encode()

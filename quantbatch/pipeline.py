@@ -1,0 +1,180 @@
+"""START READING HERE: `run` is the whole job, and reads as what it does.
+
+Around it: `preflight.py` finds out all that can be refused before a GPU is asked for; `ledger.py`
+says what is done and makes it count; `stages.py` and `replica.py` are what happens to a chunk, in
+Ray's processes; `cluster.py` is all that we ask of Ray itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import TYPE_CHECKING
+
+import ray
+import ray.data
+
+from quantbatch import cluster, stages
+from quantbatch.errors import Stopped
+from quantbatch.ledger import publish_shard
+from quantbatch.preflight import Job, prepare
+from quantbatch.progress import Silent
+from quantbatch.replica import Replica
+from quantbatch.report import Outcome, RunFigures, RunReport
+from quantbatch.storage import probe, redact
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pyarrow as pa
+
+    from quantbatch.plan import Shard
+    from quantbatch.progress import Progress
+    from quantbatch.records import Receipt
+    from quantbatch.spec import JobSpec
+
+MAX_INPUT_BLOCKS = 2000
+"""Blocks in which Ray gets the chunk list. Each costs 1.7 ms before the first chunk runs
+(research/ray.md), so in a big job a block holds many chunks; the task that reads them hands them
+on one by one."""
+
+
+def run(spec: JobSpec, *, extend: bool = False, progress: Progress | None = None) -> RunReport:
+    """Answer every row of a job's input exactly once.
+
+    A run that ends at any moment, however, is continued by calling this again: committed rows stay
+    as they are, and readers see no others. Calling it for a finished job does nothing.
+
+    Args:
+        spec: The job.
+        extend: Add input files that came after the job was planned, instead of refusing them.
+        progress: Told what happens.
+
+    Raises:
+        JobError: The job can't start or go on; `exit_code` tells the kinds of trouble apart.
+    """
+    progress = progress or Silent()
+    figures = RunFigures()
+    job = prepare(spec, extend=extend)
+    figures.plan_s = figures.elapsed_s
+    progress.planned(job)
+    if job.ledger.succeeded() and job.new_generation is None:
+        return _report(job, figures, nothing_to_do=True)
+
+    probe(job.ledger.store)
+    if job.new_generation is not None:
+        job.ledger.freeze(job.new_generation)
+    with cluster.connected(job.spec.cluster) as device:
+        figures.cluster_s = figures.elapsed_s
+        progress.started(device)
+        publisher = _Publisher(job)
+        for receipt in _receipts(job, device):
+            if receipt.fatal:
+                raise Stopped(receipt.failure, "once that is mended, the same command continues")
+            if receipt.failure:
+                job.unreadable[f"chunk {receipt.chunk}"] = receipt.failure
+                continue
+            figures.record(receipt)
+            publisher.publish(*job.ledger.record(receipt))
+            progress.committed(receipt, figures)
+        publisher.finish()
+    return _report(job, figures)
+
+
+def _receipts(job: Job, device: str) -> Iterator[Receipt]:
+    """Send every chunk that is still to do through the pipeline; yield what became of it."""
+    items = stages.to_items(job.ledger.undone())
+    if not items.num_rows:
+        return
+    store, target = job.ledger.store, job.target
+    read = functools.partial(stages.read_and_render, job=job.read_job)
+    commit = functools.partial(stages.commit, store=store, target=target)
+    dataset = (
+        ray.data.from_arrow(_blocks(items))
+        .map_batches(read, **cluster.task_options(num_cpus=0.5))
+        .map_batches(
+            Replica,
+            fn_constructor_args=[job.replica_job(device)],
+            **cluster.actor_options(job.spec, device),
+        )
+        .map_batches(commit, **cluster.task_options(num_cpus=0.25))
+    )
+    with cluster.explained(job.spec):
+        for block in dataset.iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        ):
+            yield from stages.receipts(block)
+
+
+def _blocks(items: pa.Table) -> list[pa.Table]:
+    """Divide the chunk list evenly into the blocks that Ray gets."""
+    count = min(items.num_rows, MAX_INPUT_BLOCKS)
+    ends = [items.num_rows * i // count for i in range(count + 1)]
+    return [items.slice(start, end - start) for start, end in itertools.pairwise(ends)]
+
+
+class _Publisher:
+    """Publishes whole shards in Ray's processes, so that a large one does not hold up the driver.
+
+    Begins with those that an earlier run left whole and unpublished.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._publish = ray.remote(num_cpus=0.25)(publish_shard)
+        self._under_way: list[ray.ObjectRef] = []
+        self.publish(*job.ledger.unpublished())
+
+    def publish(self, *shards: Shard) -> None:
+        """Begin to publish shards, and note which are done by now."""
+        job = self._job
+        for shard in shards:
+            chunks = job.plan.chunks_of(shard)
+            self._under_way.append(
+                self._publish.remote(job.ledger.store, shard, chunks, job.target)
+            )
+        self._note(timeout_s=0)
+
+    def finish(self) -> None:
+        """Wait until all that was begun is published."""
+        while self._under_way:
+            self._note(timeout_s=1)
+
+    def _note(self, timeout_s: float) -> None:
+        if self._under_way:
+            done, self._under_way = ray.wait(
+                self._under_way, num_returns=len(self._under_way), timeout=timeout_s
+            )
+            with cluster.explained(self._job.spec):
+                for published in ray.get(done):
+                    self._job.ledger.record_published(published)
+
+
+def _report(job: Job, figures: RunFigures, *, nothing_to_do: bool = False) -> RunReport:
+    """Close the job if all of its input is answered, and say how it stands."""
+    ledger = job.ledger
+    if ledger.finished and not job.unreadable and not nothing_to_do:
+        ledger.succeed()
+    figures.total_s = figures.elapsed_s
+    report = RunReport(
+        name=job.spec.name,
+        outcome=_outcome(job, nothing_to_do=nothing_to_do),
+        output=redact(ledger.store.uri),
+        counts=ledger.counts,
+        parts=len(ledger.published),
+        unreadable=job.unreadable,
+        run=figures,
+    )
+    if not nothing_to_do:
+        ledger.summarize(report.to_json())
+    return report
+
+
+def _outcome(job: Job, *, nothing_to_do: bool) -> Outcome:
+    counts = job.ledger.counts
+    wrong = counts.error + counts.invalid
+    if job.unreadable:
+        return Outcome.INPUT_UNREADABLE
+    if wrong > job.spec.limits.max_error_rate * counts.rows:
+        return Outcome.TOO_MANY_ERRORS
+    return Outcome.NOTHING_TO_DO if nothing_to_do else Outcome.DONE

@@ -1,0 +1,238 @@
+"""Everything that can be known, and refused, before a GPU is asked for.
+
+`prepare` looks at the spec, the model's files, the output and the input, and changes none of them.
+What it returns is all that a run, a plan or a sample needs.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quantbatch import keys, listing, memory, prompts, rows, storage, templates
+from quantbatch.checkpoint import open_checkpoint
+from quantbatch.errors import InputError, JobError, Refused, SpecError
+from quantbatch.ledger import Ledger
+from quantbatch.plan import Plan, make_plan
+from quantbatch.replica import ReplicaJob
+from quantbatch.stages import ReadJob
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from quantbatch.checkpoint import Checkpoint
+    from quantbatch.ledger import OutputFormat
+    from quantbatch.listing import Listing
+    from quantbatch.memory import MemoryPlan
+    from quantbatch.spec import JobSpec
+
+MAX_AUTO_INPUT_TOKENS = 8192
+"""Longest prompt that `max_input_tokens: auto` lets in: at 256 KiB a token, which is what a 32B
+model's cache takes, 8,192 tokens are 2 GiB of a card."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that may start: nothing about it is known to be wrong."""
+
+    spec: JobSpec
+    checkpoint: Checkpoint
+    ledger: Ledger
+    plan: Plan
+    new_generation: Plan | None
+    """What the output's frozen plan lacks; None if the output has the whole plan."""
+    memory: MemoryPlan | None
+    """None for an engine without a model."""
+    max_input_tokens: int
+    kept: tuple[str, ...]
+    target: OutputFormat
+    unreadable: dict[str, str]
+    """Input files that are there and can't be read, with the reason."""
+
+    @property
+    def read_job(self) -> ReadJob:
+        """What the tasks that read and render need to know."""
+        return ReadJob(
+            self.spec,
+            self.plan.root,
+            self.plan.schema,
+            self.kept,
+            self.max_input_tokens,
+            os.getcwd(),  # noqa: PTH109
+        )
+
+    def replica_job(self, device: str) -> ReplicaJob:
+        """What the replicas need to know."""
+        max_tokens = self.max_input_tokens + self.spec.sampling.max_new_tokens
+        return ReplicaJob(self.spec, device, max_tokens, os.getcwd())  # noqa: PTH109
+
+
+def prepare(spec: JobSpec, *, extend: bool = False) -> Job:
+    """Check everything about a job that can be checked without a GPU; write nothing.
+
+    Args:
+        spec: The job.
+        extend: Add input files that came after the job was first planned, instead of refusing them.
+
+    Raises:
+        JobError: The job can't run, with the reason and the remedy.
+    """
+    spec = spec.resolved()
+    check_places(spec)
+    checkpoint = open_checkpoint(spec.model)
+    check_prompt(spec, checkpoint)
+    max_input_tokens = input_limit(spec, checkpoint)
+    fits = _memory(spec, checkpoint, max_input_tokens)
+    ledger = Ledger.open(spec, checkpoint.digest)
+    listed = listing.list_input(spec.input)
+    plan, new = _whole_plan(spec, ledger, listed, extend=extend)
+    _check_columns(spec, plan)
+    kept = tuple(rows.kept_columns(spec.output, plan.schema, listed.partition_keys))
+    target = ledger.output_format(rows.output_schema(spec, kept, plan.schema))
+    if new and spec.input.key:
+        keys.check_unique(listed.store, new, spec.input)
+    there = {file.name for file in listed.files}
+    unreadable = {name: why for name, why in plan.unreadable.items() if name in there}
+    return Job(
+        spec, checkpoint, ledger, plan, new, fits, max_input_tokens, kept, target, unreadable
+    )
+
+
+def check_places(spec: JobSpec) -> None:
+    """Refuse an output among the input, or an input among the output."""
+    uris = [spec.input.uri] if isinstance(spec.input.uri, str) else spec.input.uri
+    output = storage.open_store(spec.output.uri, spec.output.storage).uri
+    for uri in uris:
+        if listing.would_list(uri, output):
+            raise Refused(
+                f"output.uri {spec.output.uri} lies in the input {uri}: "
+                "the next run would read its own answers",
+                "choose an output outside the input",
+            )
+        root = storage.open_store(listing.input_root(uri), spec.input.storage).uri
+        if f"{root}/".startswith(f"{output}/"):
+            raise Refused(
+                f"input.uri {uri} lies in the output {spec.output.uri}", "choose another output.uri"
+            )
+
+
+def check_prompt(spec: JobSpec, checkpoint: Checkpoint) -> None:
+    """Refuse a template that can't be compiled, or a chat prompt for a model without a chat
+    template.
+    """
+    if spec.prompt.format == "chat":
+        prompts.check_chat_template(checkpoint.chat_template, spec.model.id)
+    templates.compile_prompt(spec.prompt)
+
+
+def input_limit(spec: JobSpec, checkpoint: Checkpoint) -> int:
+    """Return the longest prompt that is let in, in tokens."""
+    answer = spec.sampling.max_new_tokens
+    context = checkpoint.context_tokens
+    asked = spec.engine.max_input_tokens
+    if context is None:
+        if asked == "auto":
+            raise SpecError(
+                JobError(
+                    f"engine.max_input_tokens: {spec.model.id} does not say how long its context is",
+                    "set engine.max_input_tokens",
+                )
+            )
+        return asked
+    room = context - answer
+    if room < 1:
+        raise SpecError(
+            JobError(
+                f"sampling.max_new_tokens: {answer:,} leaves no room for a prompt "
+                f"in a context of {context:,} tokens",
+                "make it smaller",
+            )
+        )
+    if asked == "auto":
+        return min(room, MAX_AUTO_INPUT_TOKENS)
+    if asked > room:
+        raise SpecError(
+            JobError(
+                f"engine.max_input_tokens: {asked:,} and {answer:,} new tokens "
+                f"exceed the context of {context:,}",
+                f"at most {room:,}, or a smaller sampling.max_new_tokens",
+            )
+        )
+    return asked
+
+
+def _memory(spec: JobSpec, checkpoint: Checkpoint, max_input_tokens: int) -> MemoryPlan | None:
+    if spec.engine.kind == "echo":
+        return None
+    card = spec.cluster.gpu_memory_gib
+    on_gpu = spec.cluster.gpus_per_replica > 0
+    share = min(spec.cluster.gpus_per_replica, 1)
+    return memory.plan_memory(
+        checkpoint,
+        spec.model,
+        max_tokens=max_input_tokens + spec.sampling.max_new_tokens,
+        batch_size=None if spec.engine.batch_size == "auto" else spec.engine.batch_size,
+        device_bytes=int(card * share * 2**30) if card and on_gpu else None,
+    )
+
+
+def _whole_plan(
+    spec: JobSpec, ledger: Ledger, listed: Listing, *, extend: bool
+) -> tuple[Plan, Plan | None]:
+    """Return the plan of the whole job, and the part of it that is not frozen yet."""
+    if ledger.plan is None:
+        plan = make_plan(spec, listed)
+        if not plan.rows:
+            raise _no_rows(plan)
+        return plan, plan
+    known = ledger.plan.known_files
+    changed = [
+        f.name
+        for f in listed.files
+        if f.name in known and f.etag != known[f.name].etag and not known[f.name].problem
+    ]
+    if changed:
+        raise Refused(
+            f"{_several(changed)} changed since the job was planned",
+            "restore the file, or answer the new one with another output.uri",
+        )
+    new = [
+        f
+        for f in listed.files
+        if f.name not in known or (known[f.name].problem and f.etag != known[f.name].etag)
+    ]
+    if not new:
+        return ledger.plan, None
+    if not extend:
+        raise Refused(
+            f"{_several([f.name for f in new])} came to the input after the job was planned",
+            "add --extend to answer the new files too",
+        )
+    later = make_plan(spec, listed._replace(files=tuple(new)), after=ledger.plan)
+    return ledger.plan.followed_by(later), later
+
+
+def _no_rows(plan: Plan) -> InputError:
+    if plan.unreadable:
+        name, why = next(iter(plan.unreadable.items()))
+        return InputError(
+            f"no file of the input can be read: {name}: {why}", "correct input.uri or the files"
+        )
+    return InputError(f"{storage.redact(plan.root)}: the input has no rows", "correct input.uri")
+
+
+def _check_columns(spec: JobSpec, plan: Plan) -> None:
+    templates.check_columns(spec.prompt, plan.schema)
+    if spec.input.key and spec.input.key not in plan.schema.names:
+        raise SpecError(
+            JobError(
+                f"input.key: the input has no column {spec.input.key!r}",
+                f"its columns are {', '.join(plan.schema.names)}",
+            )
+        )
+
+
+def _several(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return f"{len(names):,} input file{'s' * (len(names) > 1)} ({', '.join(names[:3])}{more})"

@@ -1,0 +1,147 @@
+"""The Ray actor: one copy of the model, answering several chunks at once."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from quantbatch import rows as row_layout
+from quantbatch.checkpoint import open_checkpoint
+from quantbatch.engine import echo
+from quantbatch.errors import JobError
+from quantbatch.memory import plan_memory
+from quantbatch.prompts import load_tokenizer, row_seed
+from quantbatch.records import ReplicaStats, Request, RequestId, pack, unpack
+from quantbatch.runner import Runner
+from quantbatch.spec import EchoEngine, StaticEngine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pyarrow as pa
+
+    from quantbatch.engine import Engine
+    from quantbatch.spec import JobSpec
+
+
+@dataclass(frozen=True)
+class ReplicaJob:
+    """What all replicas of a job need to know; small, because Ray keeps it for restarts."""
+
+    spec: JobSpec
+    device: str
+    """`cuda` or `cpu`."""
+    max_tokens: int
+    """Longest prompt and answer together, in tokens."""
+    driver_folder: str
+    """Working directory of the driver, for a model path that is relative to it."""
+
+
+class LoadedEngine(NamedTuple):
+    """An engine that is ready to work."""
+
+    engine: Engine
+    planned_bytes: int
+    peak_bytes: Callable[[], int]
+    """Returns the most memory that model and work took so far."""
+
+
+def load_engine(job: ReplicaJob) -> LoadedEngine:
+    """Load the model and build the engine that the spec names.
+
+    Raises:
+        JobError: The model can't be loaded, or does not fit.
+    """
+    match job.spec.engine:
+        case EchoEngine() as options:
+            return _echo(job, options)
+        case StaticEngine() as options:
+            return _static(job, options)
+
+
+def _echo(job: ReplicaJob, options: EchoEngine) -> LoadedEngine:
+    tokenizer = load_tokenizer(open_checkpoint(job.spec.model, beside=job.driver_folder).folder)
+    size = echo.DEFAULT_BATCH_SIZE if options.batch_size == "auto" else options.batch_size
+    engine = echo.EchoEngine(tokenizer.batch_decode, batch_size=size, step_s=options.step_s)
+    return LoadedEngine(engine, 0, lambda: 0)
+
+
+def _static(job: ReplicaJob, options: StaticEngine) -> LoadedEngine:
+    # torch is imported here, in the actor, and nowhere else.
+    from quantbatch.engine import static
+    from quantbatch.weights import bnb
+
+    checkpoint = open_checkpoint(job.spec.model, beside=job.driver_folder)
+    memory = plan_memory(
+        checkpoint,
+        job.spec.model,
+        max_tokens=job.max_tokens,
+        batch_size=None if options.batch_size == "auto" else options.batch_size,
+        device_bytes=bnb.device_bytes(job.device, job.spec.cluster.gpus_per_replica),
+    )
+    peak = bnb.PeakMemory(job.device)
+    loaded = bnb.load(checkpoint, job.spec.model, job.device)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    engine = static.StaticEngine(loaded.model, tokenizer, batch_size=memory.batch_size)
+    return LoadedEngine(engine, memory.total_bytes, peak.bytes)
+
+
+class Replica:
+    """Holds a model and answers chunks; Ray Data makes one in each actor of the pool.
+
+    A model that can't be loaded is no exception here, since Ray would try for ever or bury the
+    reason: the replica answers every chunk with that failure, and the driver ends the job with it.
+
+    Args:
+        job: What all replicas of the job need to know.
+    """
+
+    def __init__(self, job: ReplicaJob) -> None:
+        started = time.perf_counter()
+        self._spec = job.spec
+        self._broken = ""
+        self._stats = ReplicaStats(replica=uuid.uuid4().hex[:8], device=job.device)
+        try:
+            loaded = load_engine(job)
+        except JobError as error:
+            self._broken = str(error)
+            return
+        self._peak_bytes = loaded.peak_bytes
+        self._runner = Runner(loaded.engine)
+        load_s = time.perf_counter() - started
+        self._stats = dataclasses.replace(
+            self._stats, load_s=load_s, planned_bytes=loaded.planned_bytes
+        )
+
+    async def __call__(self, block: pa.Table) -> pa.Table:
+        """Answer one chunk; several calls run at once and share the engine's batch."""
+        chunk, rows = unpack(block)
+        facts = row_layout.facts_of(rows)
+        if facts.failure:
+            return block
+        if self._broken:
+            return pack(chunk, row_layout.failed(facts.shard, self._broken, fatal=True))
+        requests = self._requests(chunk, rows)
+        answers = await asyncio.wrap_future(self._runner.submit(requests))
+        in_order = [answers.get(RequestId(chunk, i)) for i in range(rows.num_rows)]
+        facts = dataclasses.replace(facts, replica=self._measured())
+        return pack(chunk, row_layout.with_facts(row_layout.answered(rows, in_order), facts))
+
+    def _requests(self, chunk: int, rows: pa.Table) -> list[Request]:
+        """Return a request for each row that has no error yet."""
+        sampling = self._spec.sampling
+        columns = (rows[name].to_pylist() for name in ("row_id", "prompt_ids", "error_type"))
+        return [
+            Request(RequestId(chunk, i), tuple(ids), sampling, row_seed(sampling.seed, row_id))
+            for i, (row_id, ids, error) in enumerate(zip(*columns, strict=True))
+            if error is None
+        ]
+
+    def _measured(self) -> ReplicaStats:
+        return dataclasses.replace(
+            self._stats, busy_s=self._runner.busy_s, peak_bytes=self._peak_bytes()
+        )

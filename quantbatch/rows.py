@@ -1,0 +1,190 @@
+"""The columns of a chunk on its way from the input to the output.
+
+    after rendering   in.<kept column>..., row_id, prompt_ids, error_type, error_message
+    after answering   in.<kept column>..., row_id, status, error_type, error_message, <the task's>,
+                      prompt_tokens
+    in the output     <kept column>..., <prefix>row_id, <prefix>status, ..., <prefix>attempt
+
+On the way the kept columns carry `in.` before their names, so that no name of the user's meets one
+of ours. What the stages need to know of the chunk itself travels as `ChunkFacts` in the schema's
+metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from quantbatch.errors import InputError, JobError, SpecError
+from quantbatch.records import Completion, Counts, Failure, ReplicaStats, Status
+from quantbatch.tasks import generate
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from quantbatch.errors import RowError
+    from quantbatch.records import Chunk
+    from quantbatch.spec import JobSpec, Output
+
+KEPT = "in."
+_PROMPT_IDS = pa.list_(pa.int32())
+_METADATA_KEY = b"quantbatch"
+
+
+@dataclass(frozen=True)
+class ChunkFacts:
+    """What travels with the rows of a chunk."""
+
+    shard: int
+    rows: int
+    """Rows that the plan says."""
+    failure: str = ""
+    """Why the chunk could not be answered; its rows are then absent."""
+    fatal: bool = False
+    """The failure concerns the job, not the chunk."""
+    replica: ReplicaStats = field(default_factory=ReplicaStats)
+
+
+def with_facts(rows: pa.Table, facts: ChunkFacts) -> pa.Table:
+    """Attach facts to a chunk's rows."""
+    return rows.replace_schema_metadata({_METADATA_KEY: json.dumps(dataclasses.asdict(facts))})
+
+
+def facts_of(rows: pa.Table) -> ChunkFacts:
+    """Return the facts that `with_facts` attached."""
+    found = json.loads(rows.schema.metadata[_METADATA_KEY])
+    return ChunkFacts(**{**found, "replica": ReplicaStats(**found["replica"])})
+
+
+def failed(shard: int, problem: str, *, fatal: bool) -> pa.Table:
+    """Return what stands for a chunk that could not be answered."""
+    return with_facts(pa.table({}), ChunkFacts(shard, 0, problem, fatal))
+
+
+def row_ids(chunk: Chunk) -> pa.Array:
+    """Return `<file>:<row number>` for each row of a chunk."""
+    parts = []
+    for piece in chunk.slices:
+        numbers = pa.array(np.arange(piece.first_row, piece.first_row + piece.rows)).cast(
+            pa.string()
+        )
+        parts.append(pc.binary_join_element_wise(piece.file, numbers, ":"))
+    return pa.concat_arrays(parts)
+
+
+def rendered(
+    kept: pa.Table, ids: pa.Array, prompt_ids: pa.Array, errors: Mapping[int, RowError]
+) -> pa.Table:
+    """Put together the rows of a chunk as they go to a replica."""
+    count = len(ids)
+    kinds = [errors[i].kind if i in errors else None for i in range(count)]
+    messages = [errors[i].message if i in errors else None for i in range(count)]
+    columns = {KEPT + name: kept[name] for name in kept.column_names}
+    columns |= {
+        "row_id": ids,
+        "prompt_ids": prompt_ids.cast(_PROMPT_IDS),
+        "error_type": pa.array(kinds, pa.string()),
+        "error_message": pa.array(messages, pa.string()),
+    }
+    return pa.table(columns)
+
+
+def answered(rows: pa.Table, answers: Sequence[Completion | Failure | None]) -> pa.Table:
+    """Put the answers beside the rows.
+
+    Args:
+        rows: A chunk as `rendered` made it.
+        answers: One for each row, in order; None where the row had an error before it got to a
+        model.
+    """
+    failures = [answer if isinstance(answer, Failure) else None for answer in answers]
+    errors = [
+        pa.array([failure and failure.kind for failure in failures], pa.string()),
+        pa.array([failure and failure.message for failure in failures], pa.string()),
+    ]
+    status = [Status.ERROR if answer is None else generate.status(answer) for answer in answers]
+    columns = {name: rows[name] for name in rows.column_names if name.startswith(KEPT)}
+    columns |= {
+        "row_id": rows["row_id"],
+        "status": pa.array([value.value for value in status], pa.string()),
+        "error_type": pc.coalesce(rows["error_type"], errors[0]),
+        "error_message": pc.coalesce(rows["error_message"], errors[1]),
+    }
+    names = [described.name for described in generate.FIELDS]
+    columns |= dict(zip(names, generate.columns(answers), strict=True))
+    columns["prompt_tokens"] = pc.list_value_length(rows["prompt_ids"])
+    return pa.table(columns, metadata=rows.schema.metadata)
+
+
+def counts_of(rows: pa.Table) -> Counts:
+    """Count the answered rows of a chunk by status, and their tokens."""
+    tally = {r["values"]: r["counts"] for r in pc.value_counts(rows["status"]).to_pylist()}
+    assert set(tally) <= {str(status) for status in Status}, f"unknown status in {tally}"
+    return Counts(
+        **tally,
+        prompt_tokens=pc.sum(rows["prompt_tokens"]).as_py() or 0,
+        completion_tokens=pc.sum(rows["completion_tokens"]).as_py() or 0,
+    )
+
+
+def kept_columns(output: Output, schema: pa.Schema, partition_keys: Sequence[str]) -> list[str]:
+    """Return the input columns that the output carries, in the input's order.
+
+    Columns of Hive partitions are not among them: the output keeps their folders, and a reader that
+    finds such a column in a file too can't merge the two.
+
+    Raises:
+        SpecError: A column to keep does not exist.
+    """
+    if output.keep == "all":
+        return [name for name in schema.names if name not in partition_keys]
+    for name in output.keep:
+        if name not in schema.names:
+            raise SpecError(
+                JobError(
+                    f"output.keep: the input has no column {name!r}",
+                    f"its columns are {', '.join(schema.names)}",
+                )
+            )
+    return [n for n in schema.names if n in output.keep and n not in partition_keys]
+
+
+def output_schema(spec: JobSpec, kept: Sequence[str], schema: pa.Schema) -> pa.Schema:
+    """Return the one schema of every output file of a job.
+
+    Raises:
+        InputError: A kept column has the name of one that quantbatch adds.
+    """
+    ours = [
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error_type", pa.string()),
+        pa.field("error_message", pa.string()),
+        *generate.FIELDS,
+        pa.field("prompt_tokens", pa.int32()),
+        pa.field("attempt", pa.string(), nullable=False),
+    ]
+    prefix = spec.output.prefix
+    ours = [described.with_name(prefix + described.name) for described in ours]
+    both = sorted(set(kept) & {described.name for described in ours})
+    if both:
+        raise InputError(
+            f"the input column {both[0]!r} has the name of a column that quantbatch adds",
+            "set output.prefix, such as 'qb_', or leave the column out of output.keep",
+        )
+    return pa.schema([*(schema.field(name) for name in kept), *ours])
+
+
+def output(rows: pa.Table, schema: pa.Schema, prefix: str, attempt: str) -> pa.Table:
+    """Return answered rows as they stand in the output."""
+    rows = rows.append_column("attempt", pa.repeat(attempt, rows.num_rows))
+    kept = {name.removeprefix(KEPT): rows[name] for name in rows.column_names if KEPT in name[:3]}
+    ours = {prefix + name: rows[name] for name in rows.column_names if KEPT not in name[:3]}
+    columns = kept | ours
+    return pa.table([columns[name] for name in schema.names], schema=schema)

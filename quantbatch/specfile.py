@@ -1,0 +1,282 @@
+"""A job's YAML file -> JobSpec, or one error for each mistake in it, with its line and the nearest
+name.
+
+The file is untrusted input: it is read by yaml's safe loader, at most a megabyte of it; a repeated
+key is refused, and so is one that grows by aliases beyond 10,000 values ("billion laughs").
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import ValidationError
+
+from quantbatch.errors import JobError, SpecError
+from quantbatch.spec import JobSpec, Section
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pydantic_core import ErrorDetails
+
+MAX_BYTES = 1_000_000
+MAX_VALUES = 10_000
+
+Location = tuple[str | int, ...]
+
+
+def load_spec(path: Path | str, overrides: Sequence[str] = ()) -> JobSpec:
+    """Read a job spec.
+
+    Args:
+        path: The YAML file.
+        overrides: `a.b=value` strings, applied before validation; values are YAML.
+
+    Raises:
+        SpecError: The file can't be read, or its content is not a job spec: every problem at once.
+    """
+    path = Path(path)
+    node = _compose(_read(path), path)
+    document = _construct(node, path)
+    origins = {_set(document, override): f"--set {override}" for override in overrides}
+    try:
+        return JobSpec.model_validate(document)
+    except ValidationError as error:
+        raise SpecError(*_problems(error, path, node, document, origins)) from None
+
+
+def _read(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        near = _nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")])
+        hint = f"did you mean {path.with_name(near)}?" if near else "quantbatch init writes one"
+        raise SpecError(JobError(f"{path}: {error.strerror}", hint)) from None
+    if len(data) > MAX_BYTES:
+        raise SpecError(JobError(f"{path}: {len(data):,} bytes; a spec has at most {MAX_BYTES:,}"))
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise SpecError(JobError(f"{path}: not UTF-8 at byte {error.start}")) from None
+
+
+def _compose(text: str, path: Path) -> yaml.Node:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise SpecError(JobError(f"{path}:{line}: not YAML: {error.problem}")) from None
+    except yaml.YAMLError as error:
+        raise SpecError(JobError(f"{path}: not YAML: {error}")) from None
+    if not isinstance(node, yaml.MappingNode):
+        hint = "quantbatch init writes a commented example"
+        raise SpecError(JobError(f"{path}: a spec is a mapping of fields to values", hint))
+    return node
+
+
+def _construct(node: yaml.Node, path: Path) -> dict[str, Any]:
+    if _count(node, {}) > MAX_VALUES:
+        raise SpecError(JobError(f"{path}: more than {MAX_VALUES:,} values, aliases expanded"))
+    repeated = [JobError(f"{path}:{line}: {key!r} is given twice") for key, line in _repeated(node)]
+    if repeated:
+        raise SpecError(*repeated)
+    try:
+        # Aliases share their values; a round trip through JSON gives each place its own.
+        built = yaml.SafeLoader("").construct_document(node)
+        document: dict[str, Any] = json.loads(json.dumps(built, default=str))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise SpecError(JobError(f"{path}:{line}: {error.problem}")) from None
+    return document
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count the values under a node as they are with every alias expanded."""
+    if id(node) not in known:
+        known[id(node)] = MAX_VALUES  # what a node that contains itself counts
+        known[id(node)] = 1 + sum(_count(child, known) for _, child in _children(node))
+    return known[id(node)]
+
+
+def _children(node: yaml.Node) -> Iterator[tuple[str | int, yaml.Node]]:
+    match node:
+        case yaml.MappingNode():
+            yield from ((key.value, value) for key, value in node.value)
+        case yaml.SequenceNode():
+            yield from enumerate(node.value)
+        case _:
+            return
+
+
+def _repeated(node: yaml.Node) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                yield str(key.value), key.start_mark.line + 1
+            seen.add(str(key.value))
+    for _, child in _children(node):
+        yield from _repeated(child)
+
+
+def _set(document: dict[str, Any], override: str) -> Location:
+    """Apply one `a.b=value` to a document in place and return the place that it names."""
+    dotted, equals, text = override.partition("=")
+    parts = dotted.split(".")
+    if not equals or not all(parts):
+        raise SpecError(JobError(f"--set {override}: not of the form a.b=value"))
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    inner: Any = document
+    for depth, part in enumerate(parts[:-1]):
+        inner = inner.setdefault(part, {}) if isinstance(inner.get(part), dict | None) else None
+        if not isinstance(inner, dict):
+            place = ".".join(parts[: depth + 1])
+            raise SpecError(JobError(f"--set {override}: {place} is a value and has no fields"))
+    inner[parts[-1]] = value
+    return tuple(parts)
+
+
+def _problems(
+    error: ValidationError,
+    path: Path,
+    node: yaml.Node,
+    document: dict[str, Any],
+    origins: dict[Location, str],
+) -> list[JobError]:
+    by_place: dict[Location, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        by_place.setdefault(_place(detail["loc"], document), []).append(detail)
+    found = []
+    for place, details in sorted(by_place.items(), key=lambda item: _line(node, item[0])):
+        where = _origin(place, origins) or f"{path}:{_line(node, place)}"
+        found.append(_problem(place, details, where))
+    return found
+
+
+def _place(loc: Location, document: Any) -> Location:  # noqa: ANN401 - parsed YAML
+    """Drop from pydantic's location what it adds for the members of a union."""
+    place: list[str | int] = []
+    inner = document
+    for depth, part in enumerate(loc):
+        if isinstance(inner, dict) and part in inner:
+            inner = inner[part]
+        elif isinstance(inner, list) and isinstance(part, int):
+            inner = inner[int(part)]
+        elif depth < len(loc) - 1 or not isinstance(inner, dict):
+            continue
+        place.append(part)
+    return tuple(place)
+
+
+def _origin(place: Location, origins: dict[Location, str]) -> str | None:
+    texts = tuple(str(part) for part in place)
+    return next((said for at, said in origins.items() if at == texts[: len(at)]), None)
+
+
+def _line(node: yaml.Node, place: Location) -> int:
+    """Return the line of the deepest part of a place that the file has, from 1."""
+    line = node.start_mark.line
+    for part in place:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((k, v) for k, v in node.value if k.value == str(part)), None)
+            if pair is None:
+                break
+            line, node = pair[0].start_mark.line, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            node = node.value[part]
+            line = node.start_mark.line
+    return line + 1
+
+
+def _problem(place: Location, details: list[ErrorDetails], where: str) -> JobError:
+    name = ".".join(str(part) for part in place)
+    first = details[0]
+    match first["type"]:
+        case "extra_forbidden":
+            return JobError(f"{where}: there is no field {name}", _suggestion(place))
+        case "missing":
+            return JobError(f"{where}: {name} is missing", _description(place))
+        case "value_error":
+            said = str(first["msg"]).removeprefix("Value error, ")
+            return JobError(f"{where}: {name}: {said}" if name else f"{where}: {said}")
+        case "union_tag_not_found" | "union_tag_invalid":
+            expected = first.get("ctx", {}).get("expected_tags", "")
+            return JobError(
+                f"{where}: {name}.kind is not one of {expected}"
+                if expected
+                else f"{where}: {name} needs a field kind"
+            )
+        case _:
+            pass
+    said = " or ".join(dict.fromkeys(_said(str(detail["msg"])) for detail in details))
+    value = json.dumps(first["input"], default=str)[:80]
+    return JobError(f"{where}: {name}: {value}: {said}", _description(place))
+
+
+def _said(message: str) -> str:
+    """Put pydantic's words for Python types in those of YAML."""
+    message = re.sub(r"^(Input|String) should", "should", message)
+    return re.sub(r"a valid dictionary or instance of \w+", "a mapping", message)
+
+
+def _suggestion(place: Location) -> str:
+    """Say which field was meant: the nearest name here, or the section that has this one."""
+    *outer, name = [str(part) for part in place]
+    here = [field for section in _sections(outer) for field in section.model_fields]
+    near = _nearest(name, here)
+    if near:
+        return f"did you mean {'.'.join([*outer, near])}?"
+    fields = dict.fromkeys(_every_field(JobSpec, ""))
+    elsewhere = [dotted for dotted in fields if dotted.split(".")[-1] == name]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return f"the fields of {'.'.join(outer) or 'a job'} are {', '.join(here)}" if here else ""
+
+
+def _description(place: Location) -> str:
+    *outer, name = [str(part) for part in place] or [""]
+    for section in _sections(outer):
+        if name in section.model_fields:
+            return " ".join((section.model_fields[name].description or "").split())
+    return ""
+
+
+def _sections(place: Sequence[str]) -> list[type[Section]]:
+    """Return the section or, for a union, the sections that a dotted place can hold."""
+    sections: list[type[Section]] = [JobSpec]
+    for part in place:
+        annotations = [s.model_fields[part].annotation for s in sections if part in s.model_fields]
+        if not part.isdigit():
+            sections = [found for a in annotations for found in _sections_in(a)]
+    return sections
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:  # noqa: ANN401 - any type expression
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, Section):
+            yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from _sections_in(argument)
+
+
+def _every_field(section: type[Section], prefix: str) -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        yield prefix + name
+        for inner in _sections_in(info.annotation):
+            yield from _every_field(inner, f"{prefix}{name}.")
+
+
+def _nearest(name: str, names: list[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.6)), None)

@@ -1,0 +1,134 @@
+"""What the pipeline does with a chunk before and after a replica; both run as Ray tasks, on CPUs.
+
+Each takes and returns one chunk as `records.pack` makes it. Neither raises for what is wrong with a
+row or a file: a bad row becomes an error row, and a chunk that can't be read or committed a receipt
+that says so.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+from typing_extensions import override
+
+from quantbatch import listing, rows, sources
+from quantbatch.checkpoint import open_checkpoint
+from quantbatch.errors import InputError, JobError
+from quantbatch.ledger import commit_chunk
+from quantbatch.prompts import Renderer, load_tokenizer
+from quantbatch.records import Chunk, Receipt, Slice, pack, unpack
+from quantbatch.storage import open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from quantbatch.errors import RowError
+    from quantbatch.ledger import OutputFormat
+    from quantbatch.spec import JobSpec
+    from quantbatch.storage import Store
+
+_ITEM = pa.schema([("chunk", pa.string())])
+_RECEIPT = pa.schema([("receipt", pa.string())])
+
+
+@dataclass(frozen=True)
+class ReadJob:
+    """What reading and rendering need to know of a job."""
+
+    spec: JobSpec
+    root: str
+    """The input's root, as the driver resolved it."""
+    schema: pa.Schema
+    """Columns of the input."""
+    kept: tuple[str, ...]
+    """Columns that go to the output."""
+    max_input_tokens: int
+    driver_folder: str
+    """Working directory of the driver, for a model path that is relative to it."""
+
+    @override
+    def __hash__(self) -> int:
+        return hash((self.spec.output.uri, self.root, self.max_input_tokens))
+
+
+def to_items(chunks: Iterable[Chunk]) -> pa.Table:
+    """Return the input of the Ray dataset: a row for each chunk."""
+    texts = [json.dumps([c.id, c.shard, [asdict(piece) for piece in c.slices]]) for c in chunks]
+    return pa.table([pa.array(texts, pa.string())], schema=_ITEM)
+
+
+def _chunk(item: pa.Table) -> Chunk:
+    number, shard, pieces = json.loads(item["chunk"][0].as_py())
+    return Chunk(number, shard, tuple(Slice(**piece) for piece in pieces))
+
+
+def read_and_render(item: pa.Table, *, job: ReadJob) -> pa.Table:
+    """Read the rows of one chunk and turn them into token ids."""
+    chunk = _chunk(item)
+    try:
+        table, errors = _read(job, chunk)
+    except InputError as error:
+        return pack(chunk.id, rows.failed(chunk.shard, str(error), fatal=False))
+    except JobError as error:
+        return pack(chunk.id, rows.failed(chunk.shard, str(error), fatal=True))
+    assert table.num_rows == chunk.rows, (
+        f"chunk {chunk.id}: read {table.num_rows} of {chunk.rows} rows"
+    )
+    prompts = _renderer(job).render(table)
+    key = job.spec.input.key
+    ids = table[key].cast(pa.string()) if key else rows.row_ids(chunk)
+    found = rows.rendered(
+        table.select(job.kept), ids, prompts.token_ids, {**prompts.errors, **errors}
+    )
+    return pack(chunk.id, rows.with_facts(found, rows.ChunkFacts(chunk.shard, chunk.rows)))
+
+
+def _read(job: ReadJob, chunk: Chunk) -> tuple[pa.Table, dict[int, RowError]]:
+    store = _store(job)
+    tables: list[pa.Table] = []
+    errors: dict[int, RowError] = {}
+    before = 0
+    for piece in chunk.slices:
+        found = sources.read_slice(
+            store, piece, job.spec.input, job.schema, listing.partition_of(piece.file)
+        )
+        tables.append(found.table)
+        errors |= {before + row: error for row, error in found.errors.items()}
+        before += piece.rows
+    return pa.concat_tables(tables), errors
+
+
+@lru_cache(maxsize=4)
+def _store(job: ReadJob) -> Store:
+    return open_store(job.root, job.spec.input.storage)
+
+
+@lru_cache(maxsize=4)
+def _renderer(job: ReadJob) -> Renderer:
+    """Build the renderer once in a worker process: loading a tokenizer takes seconds."""
+    checkpoint = open_checkpoint(job.spec.model, beside=job.driver_folder)
+    return Renderer(
+        job.spec.prompt, job.spec.engine, job.max_input_tokens, load_tokenizer(checkpoint.folder)
+    )
+
+
+def commit(block: pa.Table, *, store: Store, target: OutputFormat) -> pa.Table:
+    """Commit the answered rows of one chunk and return its receipt."""
+    chunk, answered = unpack(block)
+    facts = rows.facts_of(answered)
+    receipt = Receipt(chunk, facts.shard, failure=facts.failure, fatal=facts.fatal)
+    if not facts.failure:
+        try:
+            receipt = commit_chunk(store, chunk, answered, target)
+        except JobError as error:
+            receipt = Receipt(chunk, facts.shard, failure=str(error), fatal=True)
+    return pa.table([pa.array([receipt.to_json()], pa.string())], schema=_RECEIPT)
+
+
+def receipts(block: pa.Table) -> list[Receipt]:
+    """Return the receipts in a block that `commit` made."""
+    return [Receipt.from_json(text) for text in block["receipt"].to_pylist()]

@@ -1,0 +1,168 @@
+"""The promises of a store, on a local disk; tests/integration has the same for S3."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from typing_extensions import override
+
+from quantbatch.errors import Refused, StorageError
+from quantbatch.spec import Storage
+from quantbatch.storage import PRIVATE, LocalStore, Store, open_store, probe, redact
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "out"), Storage())
+
+
+def test_put_read_list_delete(store: Store) -> None:
+    store.put("b/2.json", b"two")
+    store.put("a.json", b"one")
+    store.put("b/2.json", b"zwei")
+    assert store.read("b/2.json") == b"zwei"
+    assert [(info.key, info.size) for info in store.list() if PRIVATE not in info.key] == [
+        ("a.json", 3),
+        ("b/2.json", 4),
+    ]
+    assert [info.key for info in store.list("b")] == ["b/2.json"]
+    store.delete("b/2.json")
+    store.delete("b/2.json")
+    assert list(store.list("b")) == []
+    with pytest.raises(FileNotFoundError):
+        store.read("b/2.json")
+
+
+def test_keys_come_in_order_whatever_folders_they_are_in(store: Store) -> None:
+    keys = ["a-b/1", "a/1", "a0/1", "b"]
+    for key in keys:
+        store.put(key, b"")
+    found = [info.key for info in store.list() if PRIVATE not in info.key]
+    assert found == sorted(keys)
+
+
+def test_version_changes_with_the_object(store: Store) -> None:
+    store.put("a", b"one")
+    before = store.info("a")
+    store.put("a", b"other")
+    assert store.info("a").etag != before.etag
+
+
+def test_claim_tells_what_is_there(store: Store) -> None:
+    assert store.claim("c/1.json", b"mine") == b"mine"
+    assert store.claim("c/1.json", b"yours") == b"mine"
+
+
+def test_one_of_many_claims_wins(store: Store) -> None:
+    found: list[bytes] = []
+    barrier = threading.Barrier(8)
+
+    def contend(name: int) -> None:
+        barrier.wait()
+        found.append(store.claim("k", str(name).encode()))
+
+    threads = [threading.Thread(target=contend, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(found)) == 1
+
+
+def test_put_file_leaves_the_source(store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "scratch"
+    source.write_bytes(b"x" * 10_000_000)
+    store.put_file("big", source)
+    assert store.info("big").size == 10_000_000
+    assert source.exists()
+
+
+def test_a_failed_write_leaves_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left") as caught:
+        store.put("a", b"data")
+    assert "make room" in caught.value.hint
+    assert list(store.list()) == []
+
+
+def test_no_reader_sees_a_file_that_is_being_written(tmp_path: Path) -> None:
+    """A watcher that looks all the while sees each version whole, or none."""
+    store = LocalStore(str(tmp_path))
+    versions = [bytes([n]) * 200_000 for n in range(40)]
+    seen: list[bytes] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            for path in tmp_path.glob("*.parquet"):
+                seen.append(path.read_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for version in versions:
+        store.put("part.parquet", version)
+    stop.set()
+    watcher.join()
+    assert seen
+    assert all(data in versions for data in seen)
+
+
+def test_probe_accepts_a_good_store_and_leaves_nothing(store: Store) -> None:
+    probe(store)
+    assert list(store.list()) == []
+
+
+class LyingStore(LocalStore):
+    """A store that ignores the condition of a conditional put, as some S3 servers do."""
+
+    @override
+    def claim(self, key: str, data: bytes) -> bytes:
+        self.put(key, data)
+        return data
+
+
+def test_probe_refuses_a_store_that_lies(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="replaced an object"):
+        probe(LyingStore(str(tmp_path)))
+
+
+@pytest.fixture
+def unwritable(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "file"
+    path.write_text("a file, not a folder")
+    yield path / "out"
+
+
+def test_unwritable_output_is_one_clear_error(unwritable: Path) -> None:
+    with pytest.raises(StorageError) as caught:
+        probe(open_store(str(unwritable), Storage()))
+    assert caught.value.hint
+
+
+def test_unknown_scheme() -> None:
+    with pytest.raises(StorageError, match="gopher"):
+        open_store("gopher://x/y", Storage())
+
+
+@pytest.mark.parametrize(
+    ("text", "redacted"),
+    [
+        ("s3://key:secret@bucket/a", "s3://bucket/a"),
+        ("https://h/a?X-Amz-Signature=abc&x=1 and more", "https://h/a and more"),
+        ("plain text? yes", "plain text? yes"),
+    ],
+)
+def test_redact(text: str, redacted: str) -> None:
+    assert redact(text) == redacted
