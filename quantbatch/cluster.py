@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import os
 import signal
+import sys
 import threading
+import warnings
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import ray
 import ray.data
 import ray.exceptions
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.util.annotations import RayDeprecationWarning
 
 from quantbatch.errors import ClusterError, Stopped
 
@@ -53,19 +58,33 @@ def _init(cluster: Cluster) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        # Counted generously: replicas on CPUs must not starve the tasks that feed them.
+        cores = max(os.cpu_count() or 1, math.ceil(_replica_cpus(cluster) + LIGHT_TASK_CPUS))
+        options |= {"num_cpus": cores, "include_dashboard": False}
     try:
-        if address:
-            ray.init(address=address, **options)
-        else:
-            # Cores are counted generously: replicas on CPUs must not starve the tasks that feed
-            # them.
-            cores = max(os.cpu_count() or 1, _replica_cpus(cluster) + LIGHT_TASK_CPUS)
-            ray.init("local", num_cpus=int(-(-cores // 1)), include_dashboard=False, **options)
+        with _quiet_start():
+            ray.init(address or "local", **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(
             f"no Ray cluster answers at {address or 'this machine'}: {error}",
             "check cluster.address, or leave it out to start Ray on this machine",
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Keep what Ray's C++ side says about its own log level off the terminal."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nothing)
 
 
 def _replica_cpus(cluster: Cluster) -> float:
@@ -86,9 +105,16 @@ def _context() -> Iterator[None]:
     # Ray fails a job without output for 30 minutes; a chunk of long answers may take longer.
     context.execution_no_progress_timeout_s = -1
     DataContext._set_current(context)
+    log = logging.getLogger("ray.data")
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            # Restarts and retries of actors have no other way in; hence ray < 2.64 in pyproject.toml.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            yield
     finally:
+        log.setLevel(level)
         DataContext._set_current(before)
 
 
@@ -114,9 +140,16 @@ def _device(cluster: Cluster) -> str:
     return "cpu"
 
 
-def task_options(num_cpus: float) -> dict[str, Any]:
-    """Return the arguments of `map_batches` for a stage of tasks that take one chunk each."""
-    return {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": num_cpus}
+def task_options(spec: JobSpec, num_cpus: float) -> dict[str, Any]:
+    """Return the arguments of `map_batches` for a stage of tasks that take one chunk each.
+
+    The tasks are few: one process reads and renders some 10,000 rows/s, more than replicas answer,
+    and each further one spends seconds on importing what the first has imported.
+    """
+    replicas = spec.cluster.replicas
+    most = replicas if isinstance(replicas, int) else replicas.max
+    pool = TaskPoolStrategy(size=max(1, min(most, int(ray.cluster_resources()["CPU"]) // 2)))
+    return {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": num_cpus, "compute": pool}
 
 
 def actor_options(spec: JobSpec, device: str) -> dict[str, Any]:

@@ -91,13 +91,13 @@ def _receipts(job: Job, device: str) -> Iterator[Receipt]:
     commit = functools.partial(stages.commit, store=store, target=target)
     dataset = (
         ray.data.from_arrow(_blocks(items))
-        .map_batches(read, **cluster.task_options(num_cpus=0.5))
+        .map_batches(read, **cluster.task_options(job.spec, num_cpus=0.5))
         .map_batches(
             Replica,
             fn_constructor_args=[job.replica_job(device)],
             **cluster.actor_options(job.spec, device),
         )
-        .map_batches(commit, **cluster.task_options(num_cpus=0.25))
+        .map_batches(commit, **cluster.task_options(job.spec, num_cpus=0.25))
     )
     with cluster.explained(job.spec):
         for block in dataset.iter_batches(

@@ -47,15 +47,15 @@ _SLICES = pa.schema(
     [
         ("shard", pa.int32()),
         ("chunk", pa.int32()),
-        ("file", pa.dictionary(pa.int32(), pa.string())),
+        ("file", pa.string()),
         ("first_row", pa.int64()),
         ("rows", pa.int64()),
         ("mark_row", pa.int64()),
         ("byte_offset", pa.int64()),
         ("line", pa.int64()),
         ("size", pa.int64()),
-        ("etag", pa.dictionary(pa.int32(), pa.string())),
-        ("partition", pa.dictionary(pa.int32(), pa.string())),
+        ("etag", pa.string()),
+        ("partition", pa.string()),
     ]
 )
 
@@ -167,7 +167,7 @@ class Plan:
             self.root,
             self.schema,
             self.rows_per_chunk,
-            pa.concat_tables([self.slices, later.slices]).unify_dictionaries(),
+            pa.concat_tables([self.slices, later.slices]),
             {**self.without_rows, **later.without_rows},
         )
 

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantbatch import keys, listing, memory, prompts, rows, storage, templates
+from quantbatch import listing, memory, prompts, rows, storage
 from quantbatch.checkpoint import open_checkpoint
 from quantbatch.errors import InputError, JobError, Refused, SpecError
 from quantbatch.ledger import Ledger
@@ -81,16 +81,19 @@ def prepare(spec: JobSpec, *, extend: bool = False) -> Job:
     spec = spec.resolved()
     check_places(spec)
     checkpoint = open_checkpoint(spec.model)
-    check_prompt(spec, checkpoint)
+    prompts.compile_templates(spec.prompt)
+    prompts.require_chat_template(spec.prompt, checkpoint.chat_template)
     max_input_tokens = input_limit(spec, checkpoint)
     fits = _memory(spec, checkpoint, max_input_tokens)
     ledger = Ledger.open(spec, checkpoint.digest)
     listed = listing.list_input(spec.input)
     plan, new = _whole_plan(spec, ledger, listed, extend=extend)
-    _check_columns(spec, plan)
+    _check_columns(spec, plan, checkpoint)
     kept = tuple(rows.kept_columns(spec.output, plan.schema, listed.partition_keys))
     target = ledger.output_format(rows.output_schema(spec, kept, plan.schema))
     if new and spec.input.key:
+        from quantbatch import keys
+
         keys.check_unique(listed.store, new, spec.input)
     there = {file.name for file in listed.files}
     unreadable = {name: why for name, why in plan.unreadable.items() if name in there}
@@ -115,15 +118,6 @@ def check_places(spec: JobSpec) -> None:
             raise Refused(
                 f"input.uri {uri} lies in the output {spec.output.uri}", "choose another output.uri"
             )
-
-
-def check_prompt(spec: JobSpec, checkpoint: Checkpoint) -> None:
-    """Refuse a template that can't be compiled, or a chat prompt for a model without a chat
-    template.
-    """
-    if spec.prompt.format == "chat":
-        prompts.check_chat_template(checkpoint.chat_template, spec.model.id)
-    templates.compile_prompt(spec.prompt)
 
 
 def input_limit(spec: JobSpec, checkpoint: Checkpoint) -> int:
@@ -172,6 +166,7 @@ def _memory(spec: JobSpec, checkpoint: Checkpoint, max_input_tokens: int) -> Mem
         checkpoint,
         spec.model,
         max_tokens=max_input_tokens + spec.sampling.max_new_tokens,
+        prompt_tokens=max_input_tokens,
         batch_size=None if spec.engine.batch_size == "auto" else spec.engine.batch_size,
         device_bytes=int(card * share * 2**30) if card and on_gpu else None,
     )
@@ -222,8 +217,8 @@ def _no_rows(plan: Plan) -> InputError:
     return InputError(f"{storage.redact(plan.root)}: the input has no rows", "correct input.uri")
 
 
-def _check_columns(spec: JobSpec, plan: Plan) -> None:
-    templates.check_columns(spec.prompt, plan.schema)
+def _check_columns(spec: JobSpec, plan: Plan, checkpoint: Checkpoint) -> None:
+    prompts.check_prompt(spec.prompt, plan.schema.names, checkpoint.chat_template)
     if spec.input.key and spec.input.key not in plan.schema.names:
         raise SpecError(
             JobError(

@@ -14,10 +14,11 @@ from quantbatch.checkpoint import open_checkpoint
 from quantbatch.engine import echo
 from quantbatch.errors import JobError
 from quantbatch.memory import plan_memory
-from quantbatch.prompts import load_tokenizer, row_seed
+from quantbatch.prompts import row_seed
 from quantbatch.records import ReplicaStats, Request, RequestId, pack, unpack
 from quantbatch.runner import Runner
 from quantbatch.spec import EchoEngine, StaticEngine
+from quantbatch.tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,7 +65,7 @@ def load_engine(job: ReplicaJob) -> LoadedEngine:
 
 
 def _echo(job: ReplicaJob, options: EchoEngine) -> LoadedEngine:
-    tokenizer = load_tokenizer(open_checkpoint(job.spec.model, beside=job.driver_folder).folder)
+    tokenizer = load_tokenizer(open_checkpoint(job.spec.model.seen_from(job.driver_folder)).folder)
     size = echo.DEFAULT_BATCH_SIZE if options.batch_size == "auto" else options.batch_size
     engine = echo.EchoEngine(tokenizer.batch_decode, batch_size=size, step_s=options.step_s)
     return LoadedEngine(engine, 0, lambda: 0)
@@ -75,7 +76,7 @@ def _static(job: ReplicaJob, options: StaticEngine) -> LoadedEngine:
     from quantbatch.engine import static
     from quantbatch.weights import bnb
 
-    checkpoint = open_checkpoint(job.spec.model, beside=job.driver_folder)
+    checkpoint = open_checkpoint(job.spec.model.seen_from(job.driver_folder))
     memory = plan_memory(
         checkpoint,
         job.spec.model,
@@ -87,7 +88,7 @@ def _static(job: ReplicaJob, options: StaticEngine) -> LoadedEngine:
     loaded = bnb.load(checkpoint, job.spec.model, job.device)
     tokenizer = load_tokenizer(checkpoint.folder)
     engine = static.StaticEngine(loaded.model, tokenizer, batch_size=memory.batch_size)
-    return LoadedEngine(engine, memory.total_bytes, peak.bytes)
+    return LoadedEngine(engine, memory.total, peak.bytes)
 
 
 class Replica:

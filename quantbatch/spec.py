@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -125,6 +126,16 @@ class Model(Section):
         if self.bits == 16 and self.dtype == "float32":
             raise ValueError("bits 16 is a 16-bit type, but dtype is float32")
         return self
+
+    def seen_from(self, folder: str) -> Model:
+        """Return the model as another process finds it.
+
+        Args:
+            folder: Where `id` is relative to, if it is a path that does not exist from here.
+        """
+        there = Path(folder, self.id)
+        here = Path(self.id).expanduser().exists()
+        return self if here or not there.exists() else self.model_copy(update={"id": str(there)})
 
     def resolved(self) -> Model:
         """Return the long form: `quantization` set, `bits` null."""

@@ -19,9 +19,10 @@ from quantbatch import listing, rows, sources
 from quantbatch.checkpoint import open_checkpoint
 from quantbatch.errors import InputError, JobError
 from quantbatch.ledger import commit_chunk
-from quantbatch.prompts import Renderer, load_tokenizer
+from quantbatch.prompts import Renderer
 from quantbatch.records import Chunk, Receipt, Slice, pack, unpack
 from quantbatch.storage import open_store
+from quantbatch.tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -110,9 +111,12 @@ def _store(job: ReadJob) -> Store:
 @lru_cache(maxsize=4)
 def _renderer(job: ReadJob) -> Renderer:
     """Build the renderer once in a worker process: loading a tokenizer takes seconds."""
-    checkpoint = open_checkpoint(job.spec.model, beside=job.driver_folder)
+    checkpoint = open_checkpoint(job.spec.model.seen_from(job.driver_folder))
     return Renderer(
-        job.spec.prompt, job.spec.engine, job.max_input_tokens, load_tokenizer(checkpoint.folder)
+        job.spec.prompt,
+        load_tokenizer(checkpoint.folder),
+        max_prompt_tokens=job.max_input_tokens,
+        too_long=job.spec.engine.too_long,
     )
 
 

@@ -1,0 +1,200 @@
+"""Measure what surrounds a model: each command prints one JSON document.
+
+    python jobs/bench.py pipeline            rows/s and the driver's memory, 100,000 and 1,000,000 rows
+    python jobs/bench.py plan                a job of 100,000,000 rows: to the first chunk, and resumed
+    python jobs/bench.py startup             from `quantbatch run` to the first committed row, by part
+
+The engine is `echo`, which answers with the beginning of the prompt: everything else is real, the
+tokenizer of the quickstart's model included. Each run is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import typer
+
+from quantbatch.plan import make_plan
+from quantbatch.preflight import prepare
+from quantbatch.spec import JobSpec
+
+MODEL = Path(__file__).parents[1] / "configs" / "quickstart" / "model"
+WORDS = "the batch reads every row of a table once and writes one answer for each of them".split()
+
+app = typer.Typer(add_completion=False, help=__doc__)
+Rows = Annotated[list[int], typer.Option(help="Rows of a job; give it several times for several.")]
+
+
+def job(folder: Path, **changes: Any) -> JobSpec:
+    """Return the spec of a benchmark: echo over a folder of Parquet."""
+    fields = {
+        "name": "bench",
+        "input": {"uri": str(folder / "in")},
+        "model": {"id": str(MODEL), "bits": 16},
+        "prompt": {"template": "{{ text }}"},
+        "sampling": {"max_new_tokens": 16},
+        "engine": {"kind": "echo"},
+        "cluster": {"cpu_fallback": True, "gpus_per_replica": 0},
+        "output": {"uri": str(folder / "out"), "keep": ["id"]},
+    }
+    return JobSpec.model_validate(fields | changes)
+
+
+def write_input(folder: Path, rows: int, *, files: int) -> None:
+    """Write Parquet files of texts of about 100 characters, no two of them equal."""
+    folder.mkdir(parents=True)
+    per_file = -(-rows // files)
+    for number in range(files):
+        ids = range(number * per_file, min((number + 1) * per_file, rows))
+        texts = [f"{i} " + " ".join(WORDS[(i + k) % len(WORDS)] for k in range(22)) for i in ids]
+        table = pa.table({"id": pa.array(ids, pa.int64()), "text": texts})
+        pq.write_table(table, folder / f"{number:05d}.parquet", compression="zstd")
+
+
+@app.command()
+def pipeline(rows: Rows = [100_000, 1_000_000]) -> None:  # noqa: B006 - typer reads it
+    """Whole jobs of short rows: rows/s, and the most memory that the driver takes."""
+    runs = [_in_own_process("run-echo", rows=count) for count in rows]
+    _print({"benchmark": "pipeline", "runs": runs})
+
+
+@app.command("run-echo", hidden=True)
+def run_echo(rows: int = 100_000) -> None:
+    """Run one job in this process and print its figures."""
+    from quantbatch import pipeline as program
+
+    with tempfile.TemporaryDirectory(prefix="quantbatch-bench-") as name:
+        folder = Path(name)
+        write_input(folder / "in", rows, files=8)
+        before = _peak_rss_bytes()
+        report = program.run(job(folder))
+        written = pq.ParquetDataset(folder / "out").read(columns=["row_id"]).num_rows
+    assert report.counts.ok == written == rows
+    figures = report.run
+    print(json.dumps({
+        "rows": rows,
+        "rows_per_s": round(figures.rows_per_s),
+        "rows_per_s_with_startup": round(rows / (figures.total_s or 1)),
+        "prompt_tokens": report.counts.prompt_tokens,
+        "driver_peak_mib_before": before >> 20,
+        "driver_peak_mib": _peak_rss_bytes() >> 20,
+        **{k: v for k, v in figures.to_json().items() if k.endswith("_s") and "per" not in k},
+    }))
+
+
+@app.command()
+def plan(rows: int = 100_000_000, files: int = 1000) -> None:
+    """A job too large to run here: planned, first chunk committed, killed, resumed half done."""
+    _print({"benchmark": "plan"} | _in_own_process("plan-large", rows=rows, files=files))
+
+
+@app.command("plan-large", hidden=True)
+def plan_large(rows: int = 100_000_000, files: int = 1000) -> None:
+    """Plan the large job, start it until its first commit, and start it again half done."""
+    with tempfile.TemporaryDirectory(prefix="quantbatch-bench-") as name:
+        folder = Path(name)
+        _write_large_input(folder / "in", rows // files, files=files)
+        spec = job(folder)
+        first = _until_first_commit(folder)
+        _pretend_half_done(spec)
+        again = _until_first_commit(folder)
+        print(json.dumps({"rows": rows, "files": files, "first": first, "half_done": again}))
+
+
+def _write_large_input(folder: Path, rows: int, *, files: int) -> None:
+    """Write files with true footers and few bytes: one text, dictionary-encoded, in every row."""
+    folder.mkdir(parents=True)
+    text = pa.array([" ".join(WORDS)], pa.string())
+    column = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int32()), rows), text)
+    pq.write_table(pa.table({"id": pa.repeat(1, rows), "text": column}), folder / "00000.parquet")
+    for number in range(1, files):
+        shutil.copy(folder / "00000.parquet", folder / f"{number:05d}.parquet")
+
+
+def _until_first_commit(folder: Path) -> dict[str, Any]:
+    """Run the job in a process of its own until it commits something new; then kill it."""
+    spec_path = folder / "job.yaml"
+    spec_path.write_text(json.dumps(job(folder).model_dump(mode="json", exclude_defaults=True)))
+    commits = folder / "out" / "_quantbatch" / "commits"
+    known = len(os.listdir(commits)) if commits.exists() else 0  # noqa: PTH208 - counting, quickly
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "quantbatch.cli", "run", str(spec_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    peak = 0
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak = max(peak, *(int(s.split()[1]) for s in status.splitlines() if s.startswith("VmHWM")))
+        if commits.exists() and len(os.listdir(commits)) > known:  # noqa: PTH208
+            break
+        time.sleep(0.1)
+    elapsed = time.monotonic() - started
+    assert process.poll() is None, "the job ended before its first commit"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return {"to_first_commit_s": round(elapsed, 1), "driver_peak_mib": peak >> 10}
+
+
+def _pretend_half_done(spec: JobSpec) -> None:
+    """Write the records of the first half of the shards, as if they were published."""
+    from quantbatch.ledger import Published, shard_key
+    from quantbatch.records import Counts
+
+    prepared = prepare(spec)
+    for shard in prepared.plan.shards[: len(prepared.plan.shards) // 2]:
+        published = Published(shard.id, shard.key, Counts(ok=shard.rows))
+        prepared.ledger.store.put(shard_key(shard.id), published.to_bytes())
+
+
+@app.command()
+def startup(config: Path = Path("configs/quickstart.yaml")) -> None:
+    """A whole run of a spec, into a fresh output: where the time to the first commit goes."""
+    with tempfile.TemporaryDirectory(prefix="quantbatch-bench-") as name:
+        command = [sys.executable, "-m", "quantbatch.cli", "run", "--json", str(config)]
+        started = time.monotonic()
+        done = subprocess.run(
+            [*command, "--set", f"output.uri={name}/out"], capture_output=True, text=True, check=True
+        )
+        elapsed = time.monotonic() - started
+    report = json.loads(done.stdout.splitlines()[-1])
+    _print({"benchmark": "startup", "wall_s": round(elapsed, 2), "run": report["run"]})
+
+
+def _in_own_process(command: str, **options: int) -> dict[str, Any]:
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    done = subprocess.run(
+        [sys.executable, __file__, command, *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _peak_rss_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _print(document: dict[str, Any]) -> None:
+    machine = {"cores": os.cpu_count(), "python": platform.python_version()}
+    print(json.dumps(document | {"machine": machine}, indent=1))
+
+
+if __name__ == "__main__":
+    app()

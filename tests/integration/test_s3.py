@@ -1,0 +1,91 @@
+"""The promises of a store, on S3."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from quantbatch.errors import StorageError
+from quantbatch.spec import Storage
+from quantbatch.storage import S3Store, probe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.integration.conftest import Bucket
+
+
+def test_put_read_list_delete(bucket: Bucket) -> None:
+    store = bucket.store("out")
+    store.put("b/2.json", b"two")
+    store.put("a.json", b"one")
+    assert store.read("b/2.json") == b"two"
+    assert [(info.key, info.size) for info in store.list()] == [("a.json", 3), ("b/2.json", 3)]
+    assert [info.key for info in store.list("b")] == ["b/2.json"]
+    assert store.info("a.json").etag == next(store.list()).etag
+    with store.open("a.json") as file:
+        file.seek(1)
+        assert file.read(1) == b"n"
+    store.delete("a.json")
+    store.delete("a.json")
+    with pytest.raises(FileNotFoundError):
+        store.read("a.json")
+
+
+def test_put_file(bucket: Bucket, tmp_path: Path) -> None:
+    path = tmp_path / "scratch"
+    path.write_bytes(b"x" * 6_000_000)
+    bucket.store("out").put_file("big", path)
+    assert bucket.store("out").info("big").size == 6_000_000
+
+
+def test_claim_tells_what_is_there(bucket: Bucket) -> None:
+    store = bucket.store("out")
+    assert store.claim("k", b"mine") == b"mine"
+    assert store.claim("k", b"yours") == b"mine"
+
+
+def test_one_of_many_claims_wins(bucket: Bucket) -> None:
+    found: list[bytes] = []
+
+    def contend(name: int) -> None:
+        found.append(bucket.store("out").claim("k", str(name).encode()))
+
+    threads = [threading.Thread(target=contend, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6
+    assert len(set(found)) == 1
+
+
+def test_probe_and_pickle(bucket: Bucket) -> None:
+    store = bucket.store("out")
+    probe(store)
+    again = pickle.loads(pickle.dumps(store))
+    again.put("a", b"1")
+    assert store.read("a") == b"1"
+    assert [info.key for info in store.list()] == ["a"]
+
+
+def test_a_missing_bucket_is_one_quick_error(s3_endpoint: str) -> None:
+    store = S3Store("s3://no-such-bucket-here/out", Storage(endpoint_url=s3_endpoint))
+    started = time.monotonic()
+    with pytest.raises(StorageError, match="bucket") as caught:
+        probe(store)
+    assert caught.value.hint
+    assert time.monotonic() - started < 5
+
+
+def test_no_server_is_one_error() -> None:
+    store = S3Store("s3://bucket/out", Storage(endpoint_url="http://127.0.0.1:9", anonymous=True))
+    started = time.monotonic()
+    with pytest.raises(StorageError) as caught:
+        probe(store)
+    assert caught.value.hint
+    assert time.monotonic() - started < 30
