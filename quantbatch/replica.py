@@ -74,7 +74,7 @@ def _echo(job: ReplicaJob, options: EchoEngine) -> LoadedEngine:
 def _static(job: ReplicaJob, options: StaticEngine) -> LoadedEngine:
     # torch is imported here, in the actor, and nowhere else.
     from quantbatch.engine import static
-    from quantbatch.weights import bnb
+    from quantbatch.weights import bnb, peak
 
     checkpoint = open_checkpoint(job.spec.model.seen_from(job.driver_folder))
     memory = plan_memory(
@@ -82,13 +82,14 @@ def _static(job: ReplicaJob, options: StaticEngine) -> LoadedEngine:
         job.spec.model,
         max_tokens=job.max_tokens,
         batch_size=None if options.batch_size == "auto" else options.batch_size,
-        device_bytes=bnb.device_bytes(job.device, job.spec.cluster.gpus_per_replica),
+        prompt_tokens=job.max_tokens - job.spec.sampling.max_new_tokens,
+        device_bytes=peak.device_bytes(job.device, job.spec.cluster.gpus_per_replica),
     )
-    peak = bnb.PeakMemory(job.device)
+    measured = peak.PeakMemory(job.device)
     loaded = bnb.load(checkpoint, job.spec.model, job.device)
     tokenizer = load_tokenizer(checkpoint.folder)
     engine = static.StaticEngine(loaded.model, tokenizer, batch_size=memory.batch_size)
-    return LoadedEngine(engine, memory.total, peak.bytes)
+    return LoadedEngine(engine, memory.total, measured.peak_bytes)
 
 
 class Replica:

@@ -2,85 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
 
 from quantbatch.spec import Storage
 from quantbatch.storage import S3Store
+from tests.integration.support import Bucket, Head, answers, free_port, process, wait_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-REPOSITORY = Path(__file__).parents[2]
-MODEL = REPOSITORY / "configs" / "quickstart" / "model"
-
-
-def free_port() -> int:
-    """Return a port that nothing listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def wait_for(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
-        time.sleep(0.1)
-
-
-def answers(url: str) -> bool:
-    """Tell whether a server answers at all."""
-    try:
-        with urllib.request.urlopen(url, timeout=2):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-
-
-@contextlib.contextmanager
-def process(command: list[str], log: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server for a while; it and what it started end with it."""
-    with log.open("wb") as file:
-        started = subprocess.Popen(
-            command, stdout=file, stderr=file, env=env, start_new_session=True
-        )
-        try:
-            yield started
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(started.pid, signal.SIGTERM)
-            try:
-                started.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(started.pid, signal.SIGKILL)
-                started.wait()
-
-
-class Bucket(NamedTuple):
-    """A bucket of the test server."""
-
-    uri: str
-    storage: Storage
-
-    def store(self, prefix: str) -> S3Store:
-        """Return a store at a prefix."""
-        return S3Store(f"{self.uri}/{prefix}", self.storage)
+    from collections.abc import Iterator
 
 
 @pytest.fixture(scope="session")
@@ -112,20 +47,15 @@ def bucket(s3_endpoint: str) -> Bucket:
     return Bucket(f"s3://{name}", storage)
 
 
-class Head(NamedTuple):
-    """A Ray head on this machine."""
-
-    address: str
-    dashboard: str
-
-
 @pytest.fixture(scope="session")
 def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """A Ray head with 4 logical CPUs, as `ray start --head` makes it; drivers join it."""
     port, dashboard = free_port(), free_port()
     # Ray's sockets have paths of at most 107 characters, so its folder can't be pytest's.
     folder = Path(f"/tmp/qb-ray-{uuid.uuid4().hex[:6]}")
-    env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+    # The head finds `python` of an entrypoint on its own PATH.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_BACKEND_LOG_LEVEL": "fatal", "PATH": path}
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
         "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4",

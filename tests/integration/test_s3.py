@@ -16,7 +16,7 @@ from quantbatch.storage import S3Store, probe
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.integration.conftest import Bucket
+    from tests.integration.support import Bucket
 
 
 def test_put_read_list_delete(bucket: Bucket) -> None:

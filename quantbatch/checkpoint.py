@@ -1,0 +1,312 @@
+"""A model as files: its configuration, the shapes of its tensors, its chat template.
+
+Nothing here reads a weight or imports torch, and that is enough to plan a job. What can't work is
+refused here too, before anybody waits for a card: weights that are pickles, a shard cut short, a
+model that needs Python code of its own or is no causal language model, and a quantization that
+contradicts the one that the checkpoint has already.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantbatch import hub
+from quantbatch.errors import ModelError
+from quantbatch.headers import INDEX_FILE, Header, TensorInfo, read_headers, read_json
+from quantbatch.spec import FourBit, Int8, Unquantized
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from quantbatch.spec import Model, Quantization
+
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    INDEX_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Everything of a model that decides its answers, besides the weights."""
+
+CAUSAL_ARCHITECTURES = frozenset({"GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "CTRLLMHeadModel"})
+"""Causal language models whose class is not called ...ForCausalLM."""
+
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+"""Names under which configurations give the context, Llama's first."""
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+
+SAMPLES = 32
+SAMPLE_BYTES = 64 * 1024
+"""2 MiB of each shard go into the digest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model that can be loaded, as far as its files tell."""
+
+    folder: Path
+    """Holds config.json and the tokenizer: the folder itself, or the snapshot in the hub cache."""
+    id: str
+    commit: str
+    """40 hexadecimal digits for a repository of the hub; empty for a local folder."""
+    config: dict[str, Any]
+    """config.json."""
+    tensors: tuple[TensorInfo, ...]
+    chat_template: str | None
+    context_tokens: int | None
+    """Longest prompt and answer together; None if the configuration does not tell."""
+    quantized: str | None
+    """Method by which the checkpoint is quantized already, such as bitsandbytes, gptq or awq."""
+    digest: str
+    """Identity of the weights: the commit for a repository of the hub, else see `_digest`."""
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The part of the configuration that describes the language model."""
+        return text_config(self.config)
+
+
+def open_checkpoint(model: Model) -> Checkpoint:
+    """Describe a model from its files, fetching small ones if it lives on the hub.
+
+    Raises:
+        ModelError: It is not there, not whole, or can't be loaded as the spec asks.
+    """
+    folder = Path(model.id).expanduser()
+    if folder.is_dir():
+        checkpoint = _open_folder(model, folder.resolve())
+    elif REPOSITORY.fullmatch(model.id) and not folder.exists():
+        checkpoint = _open_repository(model)
+    else:
+        raise _no_such_folder(model.id, folder)
+    _refuse_foreign_code(checkpoint)
+    _refuse_other_tasks(checkpoint)
+    _refuse_other_quantization(checkpoint, model)
+    return checkpoint
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a config.json that describes the language model."""
+    return dict(config.get("text_config") or config)
+
+
+def _open_folder(model: Model, folder: Path) -> Checkpoint:
+    config = _read_config(folder)
+    headers = read_headers(folder)
+    return Checkpoint(
+        folder=folder,
+        id=model.id,
+        commit="",
+        config=config,
+        tensors=tuple(tensor for header in headers.values() for tensor in header.tensors),
+        chat_template=_chat_template(folder),
+        context_tokens=_context_tokens(config),
+        quantized=_quant_method(config),
+        digest=_digest(folder, headers),
+    )
+
+
+def _open_repository(model: Model) -> Checkpoint:
+    try:
+        snapshot = hub.fetch(model, SMALL_FILES)
+    except ModelError as error:
+        # A repository's name looks like a relative path, and may be one with a typing error.
+        raise ModelError(error.problem, error.hint + _nearest_folder(Path(model.id))) from error
+    config = _read_config(snapshot.folder)
+    return Checkpoint(
+        folder=snapshot.folder,
+        id=model.id,
+        commit=snapshot.commit,
+        config=config,
+        tensors=snapshot.tensors,
+        chat_template=_chat_template(snapshot.folder),
+        context_tokens=_context_tokens(config),
+        quantized=_quant_method(config),
+        digest=snapshot.commit,
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if (folder / "config.json").is_file():
+        return read_json(folder / "config.json")
+    if (folder / "adapter_config.json").is_file():
+        hint = "it holds a LoRA adapter: merge it into its base model and save that"
+    elif any(folder.glob("*.gguf")):
+        hint = "transformers expands GGUF to 16 or 32 bits, so it saves no memory: use the original"
+    else:
+        hint = "model.id is the folder that save_pretrained wrote, or a repository of the hub"
+    raise ModelError(f"{folder} has no config.json", hint)
+
+
+def _context_tokens(config: Mapping[str, Any]) -> int | None:
+    text = text_config(config)
+    return next((text[key] for key in CONTEXT_KEYS if isinstance(text.get(key), int)), None)
+
+
+def _chat_template(folder: Path) -> str | None:
+    """Find the template in any of its three places, in the order in which transformers looks."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
+        if isinstance(found, list):
+            found = next((each["template"] for each in found if each["name"] == "default"), None)
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def _quant_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    return config.get("quantization_config") or text_config(config).get("quantization_config") or {}
+
+
+def _quant_method(config: Mapping[str, Any]) -> str | None:
+    section = _quant_section(config)
+    if not section:
+        return None
+    # Checkpoints that transformers saved before 4.32 (August 2023) do not name the method.
+    by_bits = section.get("load_in_4bit") or section.get("load_in_8bit")
+    return str(section.get("quant_method") or ("bitsandbytes" if by_bits else "unknown"))
+
+
+def _digest(folder: Path, headers: Mapping[Path, Header]) -> str:
+    """Return the identity of a local model: SHA-256, as hex.
+
+    It covers the configuration and the tokenizer whole, and of each safetensors file its size, its
+    header and 32 evenly spaced samples of 64 KiB, the first and the last among them. So a folder of
+    60 GB takes well under a second, a model that was trained further or quantized differently is
+    noticed, and a copy of the folder is the same model. Not noticed is a change of a few tensors
+    that no sample meets: give such a model a new folder, or pin a commit on the hub.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(SMALL_FILES):
+        if (folder / name).is_file():
+            content = (folder / name).read_bytes()
+            digest.update(f"{name}:{len(content)}:".encode() + content)
+    for path, header in headers.items():
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(header.size))
+            for offset in _sample_offsets(header.size, size):
+                digest.update(os.pread(file.fileno(), SAMPLE_BYTES, offset))
+    return digest.hexdigest()
+
+
+def _sample_offsets(start: int, end: int) -> list[int]:
+    """Return where samples of [start, end) begin; together they cover a small range whole."""
+    last = max(start, end - SAMPLE_BYTES)
+    count = min(SAMPLES, 1 + math.ceil((last - start) / SAMPLE_BYTES))
+    return [start + (last - start) * i // max(1, count - 1) for i in range(count)]
+
+
+# ---- what can't work
+
+
+def _no_such_folder(name: str, path: Path) -> ModelError:
+    if path.is_file():
+        return ModelError(f"model.id {name!r} is a file", "give the folder that holds config.json")
+    return ModelError(
+        f"model.id {name!r}: there is no such folder",
+        f"relative paths begin at {Path.cwd()}{_nearest_folder(path)}",
+    )
+
+
+def _nearest_folder(path: Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    siblings = [each.name for each in path.parent.iterdir() if each.is_dir()]
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
+def _refuse_foreign_code(checkpoint: Checkpoint) -> None:
+    model_type = str(checkpoint.config.get("model_type", ""))
+    asks = "AutoModelForCausalLM" in (checkpoint.config.get("auto_map") or {})
+    if asks and not _is_native(model_type):
+        raise ModelError(
+            f"{checkpoint.id} needs Python code of its own: transformers has no model type"
+            f" {model_type!r}",
+            "quantbatch runs no code from a repository; a newer transformers may know the model",
+        )
+
+
+def _is_native(model_type: str) -> bool:
+    """Tell whether the installed transformers has a folder for a model type, without importing it
+    (which takes seconds).
+    """
+    found = importlib.util.find_spec("transformers")
+    roots = (found and found.submodule_search_locations) or []
+    folder = model_type.replace("-", "_").removesuffix("_text")
+    return any((Path(root) / "models" / folder).is_dir() for root in roots)
+
+
+def _refuse_other_tasks(checkpoint: Checkpoint) -> None:
+    names = [str(name) for name in checkpoint.config.get("architectures") or []]
+    if not any(name.endswith("ForCausalLM") or name in CAUSAL_ARCHITECTURES for name in names):
+        raise ModelError(
+            f"{checkpoint.id} is no causal language model: its architectures are"
+            f" {', '.join(names) or 'not given'}",
+            "quantbatch runs models whose config.json names an architecture like LlamaForCausalLM",
+        )
+
+
+def _refuse_other_quantization(checkpoint: Checkpoint, model: Model) -> None:
+    """Refuse to quantize what is quantized already, unless the spec asks for just what is there."""
+    if checkpoint.quantized is None:
+        return
+    asked = model.resolved().quantization
+    assert asked is not None
+    if model.bits is None and isinstance(asked, Unquantized):
+        return
+    stored = stored_quantization(checkpoint.config)
+    if stored is None or _scheme(stored) != _scheme(asked):
+        there = _scheme(stored) if stored else checkpoint.quantized
+        wanted = f"{model.bits} bits ({_scheme(asked)})" if model.bits else _scheme(asked)
+        raise ModelError(
+            f"{checkpoint.id} is quantized already ({there}), but the job asks for {wanted}",
+            "leave out model.bits and model.quantization to load it as it is, or give the original"
+            " model",
+        )
+
+
+def stored_quantization(config: Mapping[str, Any]) -> Quantization | None:
+    """Return how bitsandbytes quantized a checkpoint; None if it did not."""
+    if _quant_method(config) != "bitsandbytes":
+        return None
+    section = _quant_section(config)
+    if not section.get("load_in_4bit"):
+        return Int8(threshold=float(section.get("llm_int8_threshold", 6.0)))
+    return FourBit(
+        kind=section.get("bnb_4bit_quant_type", "fp4"),
+        double_quant=bool(section.get("bnb_4bit_use_double_quant", False)),
+    )
+
+
+def _scheme(quantization: Quantization) -> str:
+    """Name what of a quantization is in the weights; compute type and skip list are not."""
+    match quantization:
+        case Unquantized():
+            return "no quantization"
+        case Int8():
+            return "bitsandbytes int8"
+        case FourBit(kind=kind, double_quant=double_quant):
+            return f"bitsandbytes {kind}{' with double quantization' if double_quant else ''}"

@@ -1,0 +1,306 @@
+"""The command line. Each command is a few lines: load the spec, call one function, show what it
+returns.
+
+`--help` and `plan` answer in under a second. So nothing here is imported before a command needs it,
+and Ray, torch and transformers only by `run` and `sample`, which need them anyway.
+
+Results go to stdout; errors and progress to stderr. With `--json` the last line on stdout is one
+JSON document, whatever happens. Exit codes are those of `errors.py`, and 70 for a fault of
+quantbatch itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import traceback
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from quantbatch import __version__, console
+from quantbatch.errors import JobError, Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from quantbatch.sample import Sampled
+    from quantbatch.spec import JobSpec, Storage
+
+EXIT_INTERRUPTED = 130
+EXIT_OUR_FAULT = 70
+"""EX_SOFTWARE of sysexits.h; Python's own 1 would mean a job that is done with too many errors."""
+SCHEMA_NAME = "quantbatch.schema.json"
+
+app = typer.Typer(
+    name="quantbatch",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The job's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Set a field of the spec, such as model.bits=8; may be given several times.",
+    ),
+]
+Extend = Annotated[
+    bool,
+    typer.Option("--extend", help="Add input files that came after the job was planned."),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="End stdout with one JSON document on a line.")
+]
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and leave with its exit code.
+
+    Args:
+        args: What follows the command's name; None takes it from the process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A file name or a row may hold what the terminal's encoding lacks.
+            stream.reconfigure(errors="backslashreplace")
+    app(args=args, prog_name="quantbatch")
+    raise AssertionError("typer leaves by itself")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        console.say(f"quantbatch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def quantbatch(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Batch inference with quantized transformers models on Ray: every row answered exactly once.
+
+    Exit codes:
+    0 done
+    1 done with more errors than allowed, or with input that can't be read; not proven
+    2 bad spec, input or surroundings
+    3 refused, or the model does not fit
+    70 a fault of quantbatch itself
+    75 stopped on the way: the same command continues
+    130 Ctrl-C: likewise
+    """
+    del version
+
+
+@contextlib.contextmanager
+def _outcome(as_json: bool) -> Iterator[None]:
+    """Turn what ends a command early into messages, a document and an exit code."""
+    try:
+        yield
+    except JobError as error:
+        console.complain(error)
+        _leave(console.error_document(error), as_json)
+    except KeyboardInterrupt:
+        said = "interrupted; the same command continues where it was"
+        console.note(said)
+        _leave({"outcome": "interrupted", "exit_code": EXIT_INTERRUPTED, "error": said}, as_json)
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except Exception as error:  # noqa: BLE001 - the last line on stdout is a document whatever happens
+        traceback.print_exc()
+        said = f"{type(error).__name__}: {error}"
+        _leave({"outcome": "crashed", "exit_code": EXIT_OUR_FAULT, "error": said}, as_json)
+
+
+def _leave(document: dict[str, object], as_json: bool) -> NoReturn:
+    document.setdefault("hint", "")
+    if as_json:
+        console.say_document(document)
+    code = document["exit_code"]
+    assert isinstance(code, int)
+    raise typer.Exit(code)
+
+
+def _load(path: Path, overrides: Sequence[str] | None) -> JobSpec:
+    from quantbatch.specfile import load_spec
+
+    return load_spec(path, overrides or ())
+
+
+@app.command()
+def run(
+    spec: SpecPath, overrides: Overrides = None, extend: Extend = False, as_json: AsJson = False
+) -> None:
+    """Run a job, or continue it: every row of the input is answered exactly once."""
+    with _outcome(as_json):
+        job = _load(spec, overrides)
+        from quantbatch import pipeline
+
+        with console.live_progress() as progress:
+            report = pipeline.run(job, extend=extend, progress=progress)
+        if as_json:
+            console.say_document(report.to_json())
+        else:
+            console.say(f"{job.name}: {console.OUTCOMES[report.outcome.value]}", "bold")
+            console.say(console.report_table(report))
+            console.say(console.next_steps(report, str(spec)))
+        raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def plan(
+    spec: SpecPath, overrides: Overrides = None, extend: Extend = False, as_json: AsJson = False
+) -> None:
+    """Show what a run would do, and whether the model fits the card. Writes nothing."""
+    with _outcome(as_json):
+        job = _load(spec, overrides)
+        from quantbatch.documents import describe_plan
+        from quantbatch.preflight import prepare
+
+        document = describe_plan(prepare(job, extend=extend))
+        if as_json:
+            console.say_document(document)
+        else:
+            console.say(f"{job.name}: {console.OUTCOMES[document['outcome']]}", "bold")
+            console.say(console.plan_table(document))
+
+
+@app.command()
+def validate(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a spec, its model's files and the first rows of its input; print it resolved."""
+    with _outcome(as_json):
+        job = _load(spec, overrides)
+        import yaml
+
+        from quantbatch.sample import check
+
+        _, head = check(job, 5)
+        for row, error in head.errors.items():
+            console.note(f"warning: {head.row_ids[row]} will be an error row: {error.message}")
+        resolved = job.resolved().model_dump(mode="json")
+        if as_json:
+            console.say_document({"outcome": "ok", "exit_code": 0, "spec": resolved})
+        else:
+            console.say(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip())
+            console.say("ok", "bold green")
+
+
+@app.command()
+def sample(
+    spec: SpecPath,
+    count: Annotated[int, typer.Option("-n", min=1, max=1000, help="Rows to take.")] = 5,
+    answers: Annotated[
+        bool, typer.Option("--run/--no-run", help="Answer the rows, or only render them.")
+    ] = True,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Render the first rows of a job and answer them in this process. Writes nothing."""
+    with _outcome(as_json):
+        job = _load(spec, overrides)
+        from quantbatch import sample as sampling
+
+        rows = sampling.sample(job, count)
+        if answers:
+            device = sampling.best_device(job)
+            if device == "cpu" and job.engine.kind != "echo" and job.cluster.gpus_per_replica:
+                console.note("there is no card here: the model runs on the CPU")
+            rows = list(sampling.answer(job, rows, device=device, folder=Path.cwd()))
+        _show_sample(rows, as_json=as_json)
+
+
+def _show_sample(rows: Sequence[Sampled], *, as_json: bool) -> None:
+    from quantbatch.documents import describe_sample
+
+    if as_json:
+        described = [describe_sample(row) for row in rows]
+        console.say_document({"outcome": "sampled", "exit_code": 0, "rows": described})
+        return
+    for row in rows:
+        console.say_sample(describe_sample(row))
+
+
+@app.command()
+def status(
+    where: Annotated[str, typer.Argument(metavar="SPEC_OR_OUTPUT", help="A spec or an output.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far a job is, by the records on its output; needs neither model nor input."""
+    with _outcome(as_json):
+        from quantbatch.documents import describe_status
+
+        document = describe_status(*_output(where, overrides))
+        if as_json:
+            console.say_document(document)
+        else:
+            console.say(console.status_table(document))
+
+
+def _output(where: str, overrides: Sequence[str] | None) -> tuple[str, Storage]:
+    from quantbatch.spec import Storage
+
+    if where.endswith((".yaml", ".yml")) or Path(where).is_file():
+        output = _load(Path(where), overrides).output
+        return output.uri, output.storage
+    return where, Storage()
+
+
+@app.command()
+def verify(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Read input and output again and prove that every row is answered exactly once."""
+    with _outcome(as_json):
+        job = _load(spec, overrides)
+        from quantbatch.verify import verify as verify_job
+
+        verdict = verify_job(job)
+        if as_json:
+            console.say_document(verdict.to_json())
+        else:
+            console.say_verdict(verdict.to_json())
+        raise typer.Exit(verdict.exit_code)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a spec, for editors."""
+    console.say(_schema_text().rstrip("\n"))
+
+
+def _schema_text() -> str:
+    import json
+
+    from quantbatch.spec import json_schema
+
+    return json.dumps(json_schema(), indent=2) + "\n"
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("job.yaml"),
+) -> None:
+    """Write a commented spec to start from, and the schema by which editors complete it."""
+    with _outcome(False):
+        text = resources.files("quantbatch").joinpath("starter.yaml").read_text()
+        try:
+            with path.open("x") as file:
+                file.write(text)
+        except FileExistsError:
+            raise Refused(f"{path} exists", "choose another name, or remove it") from None
+        except OSError as error:
+            raise Refused(f"{path}: {error.strerror}", "choose another place") from None
+        beside = path.with_name(SCHEMA_NAME)
+        if not beside.exists():
+            beside.write_text(_schema_text())
+        console.say(f"wrote {path} and {beside}")
+        console.say(f"next: edit it, then quantbatch validate {path}")

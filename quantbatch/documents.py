@@ -1,0 +1,192 @@
+"""What `plan` and `status` say, as JSON documents: what a run of a job would do, and how far a job
+is by the records on its output.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from quantbatch.errors import InputError, Refused
+from quantbatch.ledger import JOB, SUMMARY, Ledger
+from quantbatch.records import Completion, Failure
+from quantbatch.spec import FourBit, Int8, JobSpec, Storage
+from quantbatch.storage import open_store, redact
+
+if TYPE_CHECKING:
+    from quantbatch.memory import MemoryPlan
+    from quantbatch.preflight import Job
+    from quantbatch.sample import Sampled
+    from quantbatch.spec import Model
+    from quantbatch.storage import Store
+
+
+def describe_plan(job: Job) -> dict[str, Any]:
+    """Return what a run of a job would do."""
+    spec, plan, ledger = job.spec, job.plan, job.ledger
+    beyond = {
+        "error": "a longer one becomes an error row",
+        "truncate_left": "a longer one loses its beginning",
+        "truncate_right": "a longer one loses its end",
+    }[spec.engine.too_long]
+    new_files = len(job.new_generation.known_files) if job.new_generation and ledger.plan else 0
+    return {
+        "outcome": "nothing_to_do" if ledger.finished and not job.new_generation else "planned",
+        "exit_code": 0,
+        "name": spec.name,
+        "fingerprint": ledger.fingerprint,
+        "input": {
+            "uri": _shown_uris(spec),
+            "rows": plan.rows,
+            "files": len(plan.known_files),
+            "new_files": new_files,
+            "unreadable": job.unreadable,
+        },
+        "chunks": {"count": plan.chunks, "rows_each": plan.rows_per_chunk},
+        "done": {
+            "rows": ledger.counts.rows,
+            "chunks": _chunks_done(ledger),
+            "files": len(ledger.published),
+        },
+        "model": describe_model(spec.model),
+        "memory": _describe_memory(job.memory) if job.memory else None,
+        "prompt": {
+            "max_input_tokens": job.max_input_tokens,
+            "max_new_tokens": spec.sampling.max_new_tokens,
+            "beyond": beyond,
+        },
+        "output": {
+            "uri": redact(ledger.store.uri),
+            "files": len(plan.shards),
+            "columns": [{"name": f.name, "type": str(f.type)} for f in job.target.schema],
+        },
+    }
+
+
+def _shown_uris(spec: JobSpec) -> str:
+    uri = spec.input.uri
+    return redact(uri if isinstance(uri, str) else ", ".join(uri))
+
+
+def describe_model(model: Model) -> str:
+    """Say which model is loaded, and in how many bits."""
+    name = f"{model.id}@{model.revision}" if model.revision else model.id
+    match model.resolved().quantization:
+        case FourBit(kind=kind, double_quant=double_quant):
+            return f"{name}, 4 bits ({kind}{', double quantization' if double_quant else ''})"
+        case Int8():
+            return f"{name}, 8 bits (int8)"
+        case _:
+            dtype = model.resolved().dtype
+            return f"{name}, {'in its own type' if dtype == 'auto' else dtype}"
+
+
+def _describe_memory(memory: MemoryPlan) -> dict[str, Any]:
+    return {
+        "weights_bytes": memory.weight_bytes,
+        "kv_bytes": memory.kv_bytes,
+        "kv_bytes_per_token": memory.kv_bytes_per_token,
+        "workspace_bytes": memory.workspace_bytes,
+        "overhead_bytes": memory.overhead_bytes,
+        "reserve_bytes": memory.reserve_bytes,
+        "total_bytes": memory.total,
+        "batch_size": memory.batch_size,
+        "device_bytes": memory.device_bytes,
+        "fits": None if memory.device_bytes is None else memory.fits,
+    }
+
+
+def _chunks_done(ledger: Ledger) -> int:
+    assert ledger.plan is not None or not ledger.published
+    shards = ledger.plan.shards if ledger.plan else ()
+    return len(ledger.commits) + sum(s.chunks for s in shards if s.id in ledger.published)
+
+
+def describe_status(uri: str, storage: Storage) -> dict[str, Any]:
+    """Return how far the job on an output is, from its records alone.
+
+    Args:
+        uri: The output.
+        storage: How to reach it.
+
+    Raises:
+        InputError: No job has begun there.
+        Refused: The records are those of another version of quantbatch.
+    """
+    store = open_store(uri, storage)
+    try:
+        record = json.loads(store.read(JOB))
+    except FileNotFoundError:
+        raise InputError(
+            f"{redact(store.uri)}: no job has begun here",
+            "quantbatch run begins it; check output.uri if it has run",
+        ) from None
+    ledger = _ledger(record, uri, storage)
+    plan, counts = ledger.plan, ledger.counts
+    return {
+        "outcome": _state(ledger),
+        "exit_code": 0,
+        "name": record["name"],
+        "fingerprint": record["fingerprint"],
+        "output": redact(store.uri),
+        "model": describe_model(ledger.spec.model),
+        "rows": plan.rows if plan else 0,
+        "rows_done": counts.rows,
+        "counts": counts.to_json(),
+        "chunks": plan.chunks if plan else 0,
+        "chunks_done": _chunks_done(ledger),
+        "files": len(plan.shards) if plan else 0,
+        "files_done": len(ledger.published),
+        "unreadable": plan.unreadable if plan else {},
+        "versions": record["versions"],
+        "last_run": _summary(store),
+    }
+
+
+def _state(ledger: Ledger) -> str:
+    if ledger.succeeded():
+        return "finished"
+    return "input_unreadable" if ledger.finished else "unfinished"
+
+
+def _ledger(record: dict[str, Any], uri: str, storage: Storage) -> Ledger:
+    """Open the ledger by the spec that the output itself keeps: the model need not be there."""
+    try:
+        spec = JobSpec.model_validate(record["spec"])
+        digest = record["identity"]["model.digest"]
+    except (ValidationError, KeyError) as error:
+        version = record.get("versions", {}).get("quantbatch", "unknown")
+        raise Refused(
+            f"{redact(uri)}: its records were written by quantbatch {version}",
+            "look at it with that version",
+        ) from error
+    output = spec.output.model_copy(update={"uri": uri, "storage": storage})
+    return Ledger.open(spec.model_copy(update={"output": output}), digest)
+
+
+def _summary(store: Store) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(store.read(SUMMARY))
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def describe_sample(row: Sampled) -> dict[str, Any]:
+    """Return a sampled row: its prompt and answer, or what is wrong with it."""
+    error: dict[str, str] | None = None
+    failure = row.error or (row.answer if isinstance(row.answer, Failure) else None)
+    if failure:
+        error = {"type": failure.kind, "message": failure.message}
+    answer = row.answer if isinstance(row.answer, Completion) else None
+    return {
+        "row_id": row.row_id,
+        "prompt": row.prompt if row.error is None else None,
+        "prompt_tokens": len(row.prompt_ids),
+        "error": error,
+        "completion": answer and answer.text,
+        "finish_reason": answer and answer.finish_reason.value,
+        "completion_tokens": len(answer.token_ids) if answer else 0,
+    }

@@ -1,0 +1,427 @@
+"""What a model, its cache and a forward pass take, in bytes, from shapes alone.
+
+*Weights* are exact. bitsandbytes keeps codes and scales for each quantized matrix, and the formulas
+here equal the loaded tensors to the byte. Embeddings, the output head, norms and biases stay as
+they are. So do the experts of a mixture of experts, which are no nn.Linear in transformers 5
+(https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1849): a model of 30 billion
+parameters that are mostly experts hardly shrinks at "4 bits".
+
+The *KV cache* holds a key and a value for each token, layer and key-value head; layers with a
+sliding window stop growing. The *workspace* is what a forward pass needs for a moment.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from quantbatch.checkpoint import stored_quantization
+from quantbatch.errors import ModelError
+from quantbatch.spec import FourBit, Int8, Unquantized
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from quantbatch.checkpoint import Checkpoint
+    from quantbatch.headers import TensorInfo
+    from quantbatch.spec import Model, Quantization
+
+DType = Literal["bfloat16", "float16", "float32"]
+
+ITEM_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+"""Bytes of an element by safetensors' name of its type; 1 for all others."""
+STORED_DTYPES: dict[str, DType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+BLOCK = 64
+"""Elements that share a scale. Fixed in transformers: BitsAndBytesConfig has no option for it."""
+NESTED_BLOCK = 256
+"""Scales that share a scale of their own under double quantization (arXiv 2305.14314)."""
+
+ACTIVATIONS_OF_HIDDEN, ACTIVATIONS_OF_INNER = 6, 3
+"""Most activations alive at once in a prefill, in multiples of the hidden and the intermediate size
+for each token: residual, norm, queries, keys, values, output; gate, up and their product. Read from
+transformers' Llama; a bound that the peaks measured on a CPU stay under."""
+LOGIT_BYTES = 2 + 4 + 30
+"""For each row and word of the vocabulary: 16-bit logits, the float32 copy that `generate` makes of
+them, and what choosing a token takes, most of all sorting for top_p: the warped scores, sorted
+scores and their places, probabilities and their sums (4 + 4 + 8 + 4 + 4), masks and the result
+(2 + 4). Counted in transformers/generation/logits_process.py, 5.23. Greedy decoding takes 6."""
+INT8_OUTPUT_BYTES = 4 + 2
+"""int8 products are accumulated in 32 bits and then scaled to 16 (bitsandbytes 0.50)."""
+
+HEADS = frozenset({"lm_head", "embed_out", "head", "output"})
+ROUTERS = frozenset({"gate", "router"})
+EMBEDDING = re.compile(r"embed|(^|_)emb(_|$)|^w[tp]e$")
+SCALES = (".SCB", ".scales", ".weight_scale")
+CONV1D_MODELS = frozenset({"gpt2", "gpt-sw3", "openai-gpt"})
+"""Models whose linear layers are transformers' Conv1D, with weights stored as (in, out)."""
+SLIDING_PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}
+"""Each how many-th layer sees everything, where an older config.json leaves that to the code."""
+ALL_SLIDING = frozenset({"mistral", "mixtral", "phi3", "starcoder2"})
+"""Models that, without `layer_types`, use their `sliding_window` in every layer."""
+
+
+# ---- weights
+
+
+class Part(Enum):
+    """What a tensor of a checkpoint becomes."""
+
+    LINEAR = "linear"
+    """A linear layer, which bitsandbytes quantizes."""
+    KEPT = "kept"
+    """Stays in the model's type: embeddings, head, norms, biases, routers, skipped layers."""
+    EXPERT = "expert"
+    """A weight of an expert: stays in the model's type, too."""
+    UNUSED = "unused"
+    """No parameter of the loaded model: an old buffer, or a head that is tied to the embedding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Parameters and bytes of a loaded model, by what becomes of them."""
+
+    params: Mapping[Part, int]
+    bytes: Mapping[Part, int]
+    largest_linear: tuple[int, int]
+    """Out and in features of the largest linear layer; zeros if there is none."""
+
+    @property
+    def total_bytes(self) -> int:
+        """All weights on the device."""
+        return sum(self.bytes.values())
+
+    @property
+    def total_params(self) -> int:
+        """All parameters."""
+        return sum(self.params.values())
+
+
+def four_bit_bytes(numel: int, *, double_quant: bool) -> int:
+    """Return the bytes of an nf4 or fp4 matrix: two codes a byte, a scale for each block, tables.
+
+    Without double quantization the scales are float32; with it they are codes of 8 bits with a
+    float32 scale for each 256 of them, a table of 256 float32 values, and their mean.
+    """
+    codes, blocks, table = math.ceil(numel / 2), math.ceil(numel / BLOCK), 4 * 16
+    if not double_quant:
+        return codes + table + 4 * blocks
+    return codes + table + blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 4 * 256 + 4
+
+
+def int8_bytes(out_features: int, in_features: int) -> int:
+    """Return the bytes of an LLM.int8() matrix: a byte for each element, a scale for each row."""
+    return out_features * in_features + 4 * out_features
+
+
+def weigh(checkpoint: Checkpoint, model: Model) -> Weights:
+    """Compute what the weights take once they are loaded as the spec asks.
+
+    Raises:
+        ModelError: A name in skip_modules matches no layer.
+    """
+    if checkpoint.quantized is not None:
+        return _weigh_stored(checkpoint, model)
+    quantization = model.resolved().quantization
+    assert quantization is not None
+    _check_skip_modules(checkpoint, quantization)
+    item_bytes = ITEM_BYTES[weight_dtype(checkpoint, model)]
+    params, sizes = Counter[Part](), Counter[Part]()
+    shapes = [(0, 0)]
+    for tensor in checkpoint.tensors:
+        part = _part_or_skipped(tensor, checkpoint, quantization)
+        params[part] += tensor.numel
+        if part is Part.LINEAR:
+            shapes.append(_linear_shape(tensor, checkpoint))
+            sizes[part] += _linear_bytes(*shapes[-1], quantization, item_bytes)
+        else:
+            sizes[part] += tensor.numel * item_bytes
+    del params[Part.UNUSED], sizes[Part.UNUSED]
+    return Weights(params, sizes, max(shapes, key=math.prod))
+
+
+def _weigh_stored(checkpoint: Checkpoint, model: Model) -> Weights:
+    """Weigh a checkpoint that is quantized already: codes and scales are as large as on disk."""
+    item_bytes = ITEM_BYTES[weight_dtype(checkpoint, model)]
+    codes_a_byte = 2 if isinstance(stored_quantization(checkpoint.config), FourBit) else 1
+    names = {tensor.name for tensor in checkpoint.tensors}
+    params, sizes = Counter[Part](), Counter[Part]()
+    largest = 0
+    for tensor in checkpoint.tensors:
+        base, is_blob, _ = tensor.name.partition(".quant_state.")
+        if part_of(tensor, checkpoint) is Part.UNUSED:
+            continue
+        if is_blob:
+            # JSON, of which only the mean of the nested scales gets to the device.
+            sizes[Part.LINEAR] += 4 if f"{base}.nested_absmax" in names else 0
+        elif tensor.dtype in STORED_DTYPES and not _is_scale(tensor.name):
+            params[Part.KEPT] += tensor.numel
+            sizes[Part.KEPT] += tensor.numel * item_bytes
+        else:
+            codes = tensor.numel * codes_a_byte if tensor.name.endswith(".weight") else 0
+            params[Part.LINEAR] += codes
+            sizes[Part.LINEAR] += tensor.numel * STORED_BYTES.get(tensor.dtype, 1)
+            largest = max(largest, codes)
+    return Weights(params, sizes, (largest, 1))
+
+
+def _is_scale(name: str) -> bool:
+    return ".weight." in name or name.endswith(SCALES)
+
+
+def weight_dtype(checkpoint: Checkpoint, model: Model) -> DType:
+    """Return the type of the weights that are not quantized: the spec's, or the checkpoint's own.
+
+    The checkpoint's own is what its config.json says, as in transformers, else the type of most of
+    its parameters.
+    """
+    asked = model.resolved().dtype
+    if asked != "auto":
+        return asked
+    for config in (checkpoint.config, checkpoint.text_config):
+        for dtype in get_args(DType):
+            if dtype in (config.get("dtype"), config.get("torch_dtype")):
+                return dtype  # type: ignore[no-any-return]
+    sizes: Counter[DType] = Counter({"float32": 0})
+    for tensor in checkpoint.tensors:
+        if tensor.dtype in STORED_DTYPES:
+            sizes[STORED_DTYPES[tensor.dtype]] += tensor.numel
+    return max(sizes, key=sizes.__getitem__)
+
+
+def _part_or_skipped(
+    tensor: TensorInfo, checkpoint: Checkpoint, quantization: Quantization
+) -> Part:
+    part = part_of(tensor, checkpoint)
+    if part is Part.LINEAR and _is_skipped(_module(tensor.name), _skip_modules(quantization)):
+        return Part.KEPT
+    return part
+
+
+def part_of(tensor: TensorInfo, checkpoint: Checkpoint) -> Part:
+    """Tell from its name and shape what a tensor becomes, with no skip_modules of the user's."""
+    module = _module(tensor.name)
+    last = module.rpartition(".")[2]
+    if _is_buffer(tensor) or (last in HEADS and _is_tied(checkpoint.config)):
+        return Part.UNUSED
+    if "experts" in module.split("."):
+        return Part.EXPERT
+    is_matrix = tensor.name.endswith(".weight") and len(tensor.shape) == 2
+    if not is_matrix or last in HEADS or last in ROUTERS or EMBEDDING.search(last):
+        return Part.KEPT
+    return Part.LINEAR
+
+
+def _module(tensor_name: str) -> str:
+    return tensor_name.rpartition(".")[0]
+
+
+def _is_buffer(tensor: TensorInfo) -> bool:
+    """Recognize what old checkpoints of GPT-2, GPT-NeoX and Llama hold and transformers ignores."""
+    if tensor.name.endswith(("masked_bias", "rotary_emb.inv_freq")):
+        return True
+    return tensor.name.endswith(".bias") and len(tensor.shape) > 1
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    text = config.get("text_config") or {}
+    return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+
+
+def _skip_modules(quantization: Quantization) -> list[str]:
+    return [] if isinstance(quantization, Unquantized) else quantization.skip_modules
+
+
+def _is_skipped(module: str, keys: Iterable[str]) -> bool:
+    """Tell whether skip_modules means a module, as transformers 5.23 decides it
+    (`should_convert_module`): by its beginning up to a dot, as a regular expression, or by its end.
+    """
+    return any(
+        re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(key) for key in keys
+    )
+
+
+def _check_skip_modules(checkpoint: Checkpoint, quantization: Quantization) -> None:
+    linears = [t.name for t in checkpoint.tensors if part_of(t, checkpoint) is Part.LINEAR]
+    for key in _skip_modules(quantization):
+        try:
+            found = any(_is_skipped(_module(name), [key]) for name in linears)
+        except re.error as error:
+            raise ModelError(f"skip_modules: {key!r} is no regular expression: {error}") from error
+        if not found:
+            names = sorted({_module(name).rpartition(".")[2] for name in linears})
+            raise ModelError(
+                f"skip_modules: {key!r} matches no linear layer of {checkpoint.id}",
+                f"they are called {', '.join(names)}",
+            )
+
+
+def _linear_shape(tensor: TensorInfo, checkpoint: Checkpoint) -> tuple[int, int]:
+    rows, columns = tensor.shape
+    transposed = checkpoint.config.get("model_type") in CONV1D_MODELS
+    return (columns, rows) if transposed else (rows, columns)
+
+
+def _linear_bytes(
+    out_features: int, in_features: int, quantization: Quantization, item_bytes: int
+) -> int:
+    match quantization:
+        case Unquantized():
+            return out_features * in_features * item_bytes
+        case Int8():
+            return int8_bytes(out_features, in_features)
+        case FourBit(double_quant=double_quant):
+            return four_bit_bytes(out_features * in_features, double_quant=double_quant)
+
+
+# ---- KV cache
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What the cache of one row takes, as a function of its tokens."""
+
+    growing_bytes_per_token: int
+    """Layers that see everything."""
+    sliding_bytes_per_token: int
+    """Layers that see a window."""
+    window_tokens: int
+    fixed_bytes: int
+    """State of linear attention, whatever the length."""
+    layers: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What one more token takes as long as no window is full."""
+        return self.growing_bytes_per_token + self.sliding_bytes_per_token
+
+    def row_bytes(self, tokens: int) -> int:
+        """What a row of so many tokens takes while it is decoded."""
+        seen = min(tokens, max(0, self.window_tokens - 1))
+        growing = tokens * self.growing_bytes_per_token
+        return growing + seen * self.sliding_bytes_per_token + self.fixed_bytes
+
+    def prefill_row_bytes(self, tokens: int) -> int:
+        """What a row takes right after its prompt was read: layers with a window still hold all of
+        it, since transformers keeps a view of the whole until the next step (5.23, measured).
+        """
+        return tokens * self.bytes_per_token + self.fixed_bytes
+
+
+def kv_shape(config: Mapping[str, Any], item_bytes: int) -> KvShape:
+    """Derive the cache from the configuration of a language model.
+
+    Args:
+        config: The text part of config.json.
+        item_bytes: Bytes of a cached number: those of the model's type.
+    """
+    layers = _first(config, "num_hidden_layers", "n_layer", "num_layers")
+    types = _layer_types(config, layers)
+    sliding = sum(kind in ("sliding_attention", "chunked_attention") for kind in types)
+    linear = types.count("linear_attention")
+    per_layer = _kv_numel(config) * item_bytes
+    return KvShape(
+        growing_bytes_per_token=(layers - sliding - linear) * per_layer,
+        sliding_bytes_per_token=sliding * per_layer,
+        window_tokens=config.get("sliding_window") or config.get("attention_chunk_size") or 0,
+        fixed_bytes=linear * _linear_attention_bytes(config, item_bytes) if linear else 0,
+        layers=layers,
+    )
+
+
+def _kv_numel(config: Mapping[str, Any]) -> int:
+    """Return the numbers that one layer caches for one token."""
+    if config.get("kv_lora_rank"):
+        # Multi-head latent attention: transformers 5.23 caches the latent (measured).
+        return int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])
+    heads = _first(config, "num_attention_heads", "n_head")
+    head_dim = config.get("head_dim") or hidden_size(config) // heads
+    return 2 * int(config.get("num_key_value_heads") or heads) * int(head_dim)
+
+
+def _layer_types(config: Mapping[str, Any], layers: int) -> list[str]:
+    """Return what each layer sees. What is not known counts as all: that errs on the safe side."""
+    if config.get("layer_types"):
+        return list(config["layer_types"])
+    model_type = str(config.get("model_type"))
+    if not config.get("sliding_window") or config.get("use_sliding_window") is False:
+        return ["full_attention"] * layers
+    if model_type in ALL_SLIDING:
+        return ["sliding_attention"] * layers
+    every = config.get("sliding_window_pattern") or SLIDING_PATTERNS.get(model_type, 1)
+    return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+
+
+def _linear_attention_bytes(config: Mapping[str, Any], item_bytes: int) -> int:
+    """Return the state of one gated delta layer: a float32 matrix for each head, and the window of
+    its convolution (55,296 bytes measured on a small Qwen3-Next, as computed).
+    """
+    key_heads, value_heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    key_dim, value_dim = config["linear_key_head_dim"], config["linear_value_head_dim"]
+    channels = 2 * key_heads * key_dim + value_heads * value_dim
+    convolution = channels * config["linear_conv_kernel_dim"] * item_bytes
+    return int(value_heads * key_dim * value_dim * 4 + convolution)
+
+
+def _first(config: Mapping[str, Any], *names: str) -> int:
+    for name in names:
+        if config.get(name) is not None:
+            return int(config[name])
+    raise ModelError(f"config.json has none of {', '.join(names)}")
+
+
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """Return the width of the residual stream."""
+    return _first(config, "hidden_size", "n_embd", "d_model")
+
+
+# ---- workspace
+
+
+def dequantized_bytes(weights: Weights, quantization: Quantization, tokens: int) -> int:
+    """Return what multiplying by the largest quantized matrix takes.
+
+    A 4-bit matrix is expanded to the compute type whenever many tokens meet it; int8 quantizes the
+    activations instead, and accumulates in 32 bits.
+    """
+    out_features, in_features = weights.largest_linear
+    match quantization:
+        case Unquantized():
+            return 0
+        case Int8():
+            return tokens * (in_features + out_features * INT8_OUTPUT_BYTES)
+        case FourBit(compute_dtype=dtype):
+            return out_features * in_features * ITEM_BYTES.get(dtype, 2)
+
+
+def activation_bytes(config: Mapping[str, Any], tokens: int, item_bytes: int) -> int:
+    """Return the activations of a prefill of so many tokens, over all rows."""
+    hidden = hidden_size(config)
+    inner = config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_dim")
+    of_inner = ACTIVATIONS_OF_INNER * int(inner or 4 * hidden)
+    return tokens * (ACTIVATIONS_OF_HIDDEN * hidden + of_inner) * item_bytes
+
+
+def mask_bytes(rows: int, tokens: int, item_bytes: int) -> int:
+    """Return the attention mask of a padded batch: boolean, and as numbers for the kernel.
+
+    A single row has no padding, and so no mask.
+    """
+    if rows == 1:
+        return 0
+    return rows * tokens * tokens * (1 + item_bytes)
+
+
+def logit_bytes(config: Mapping[str, Any], rows: int) -> int:
+    """Return what choosing the next token of each row takes."""
+    return rows * _first(config, "vocab_size") * LOGIT_BYTES
+
+
+def cache_growth_bytes(shape: KvShape, rows: int, tokens: int) -> int:
+    """Return the copy of one layer that a growing cache makes at each step."""
+    return rows * tokens * shape.bytes_per_token // max(1, shape.layers)

@@ -1,0 +1,207 @@
+"""Is every row of the input answered exactly once? A proof from the two ends of a job.
+
+`verify` trusts nothing that a run kept for itself: neither the plan nor the commit records. It
+lists the files that readers see, reads them and the input side by side, and compares row ids and
+kept columns as they come. Memory is bounded by a window of rows and by the number of rows out of
+place, not by the size of the job.
+
+What is proven: each row of the input has exactly one row in the output, the rows of an input file
+are in its order, and the columns that are kept hold the input's values; status and answer of a row
+go together; and the counts in `_SUCCESS` are those of the rows. That an answer is what the model
+said can't be seen from the two ends.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from quantbatch.comparison import Claims, Comparison, Part, Problem, Problems, our_fields
+from quantbatch.errors import InputError
+from quantbatch.records import Counts
+from quantbatch.reread import InputRows, Unreadable, open_parquet
+from quantbatch.storage import PRIVATE, open_store, redact
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from quantbatch.spec import JobSpec
+    from quantbatch.storage import Store
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is true of an output."""
+
+    name: str
+    output: str
+    finished: bool
+    """Whether the output claims to be whole."""
+    rows_in: int
+    files_in: int
+    rows_out: int
+    files_out: int
+    rows_left: int
+    """Rows of the input that an unfinished job has not published yet."""
+    counts: Counts
+    """As counted from the output's rows."""
+    problems: tuple[Problem, ...]
+
+    @property
+    def outcome(self) -> str:
+        """`proven`, `problems`, or `unfinished`: what is there is right, and more is to come."""
+        if self.problems:
+            return "problems"
+        return "proven" if self.finished else "unfinished"
+
+    @property
+    def exit_code(self) -> int:
+        """0 proven, 1 problems, 75 unfinished."""
+        return {"proven": 0, "problems": 1, "unfinished": 75}[self.outcome]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the verdict as JSON types."""
+        return {
+            "outcome": self.outcome,
+            "exit_code": self.exit_code,
+            "name": self.name,
+            "output": self.output,
+            "rows_in": self.rows_in,
+            "files_in": self.files_in,
+            "rows_out": self.rows_out,
+            "files_out": self.files_out,
+            "rows_left": self.rows_left,
+            "counts": self.counts.to_json(),
+            "problems": [
+                {"kind": p.kind, "count": p.count, "examples": list(p.examples)}
+                for p in self.problems
+            ],
+        }
+
+
+def verify(spec: JobSpec) -> Verdict:
+    """Read input and output of a job again and compare them.
+
+    Raises:
+        InputError: There is no job on the output, or the input can't be listed.
+        StorageError: A store can't be reached.
+    """
+    store = open_store(spec.output.uri, spec.output.storage)
+    problems = Problems()
+    claims = _claims(store, problems)
+    parts = _parts(store, claims, problems)
+    schema = _schema(store, parts, spec, problems)
+    ours = {field.name for field in our_fields(spec)}
+    rows = InputRows(spec.input, pa.schema([f for f in schema if f.name not in ours]))
+    files_in = len(rows.left)
+    comparison = Comparison(spec, store, rows, claims, problems)
+    for part in parts:
+        comparison.read(part, schema)
+    comparison.end(parts)
+    if claims.counts and claims.counts != comparison.counts:
+        said = f"_SUCCESS says {claims.counts.to_json()}, the files have "
+        problems.note("counts that are wrong", f"{said}{comparison.counts.to_json()}")
+    return Verdict(
+        name=spec.name,
+        output=redact(store.uri),
+        finished=claims.finished,
+        rows_in=comparison.rows_in,
+        files_in=files_in,
+        rows_out=comparison.counts.rows,
+        files_out=len(parts),
+        rows_left=comparison.rows_left,
+        counts=comparison.counts,
+        problems=problems.found(),
+    )
+
+
+def _claims(store: Store, problems: Problems) -> Claims:
+    """Read what the output says of itself: `_SUCCESS`, and the records of published shards."""
+    job = _document(store, f"{PRIVATE}/job.json", problems)
+    if job is None:
+        raise InputError(
+            f"{redact(store.uri)}: no job has begun here",
+            "quantbatch run begins it; check output.uri if it has run",
+        )
+    fingerprint = str(job.get("fingerprint"))
+    published: dict[str, int] = {}
+    for info in store.list(f"{PRIVATE}/shards"):
+        shard = _document(store, info.key, problems) or {}
+        if counts := _counts(shard, info.key, problems):
+            published[str(shard.get("key"))] = counts.rows
+    success = _document(store, "_SUCCESS", problems)
+    if success is None:
+        return Claims(False, published, None, fingerprint)
+    named = {str(file["file"]): int(file["rows"]) for file in success.get("files", [])}
+    if success.get("fingerprint") != fingerprint:
+        problems.note("manifests of another job", "_SUCCESS")
+    # While new files are being added to a finished job, its old manifest still stands.
+    if set(published) - set(named):
+        return Claims(False, published, None, fingerprint)
+    return Claims(True, named, _counts(success, "_SUCCESS", problems), fingerprint)
+
+
+def _document(store: Store, key: str, problems: Problems) -> dict[str, Any] | None:
+    """Read a JSON object; None if it is not there, and empty if it is damaged."""
+    try:
+        found = json.loads(store.read(key))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        problems.note("records that are damaged", f"{key}: {error}")
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _counts(document: Mapping[str, Any], key: str, problems: Problems) -> Counts | None:
+    try:
+        return Counts(**document["counts"])
+    except (KeyError, TypeError):
+        if document:
+            problems.note("records that are damaged", f"{key}: no counts")
+    return None
+
+
+def _parts(store: Store, claims: Claims, problems: Problems) -> list[Part]:
+    """List the files that readers see, in the order in which they hold the input."""
+    seen = {
+        info.key: info.size
+        for info in store.list()
+        if not any(name.startswith(("_", ".")) for name in info.key.split("/"))
+    }
+    parts = []
+    for key in seen:
+        numbered = re.search(r"(?:^|/)part-(\d+)\.parquet$", key)
+        if numbered is None or (claims.finished and key not in claims.rows):
+            problems.note("files that are not the job's", key)
+        if numbered is not None:
+            parts.append(Part(key, int(numbered[1])))
+    for key in claims.rows:
+        if key not in seen:
+            problems.note("files that are gone", key)
+    return sorted(parts, key=lambda part: (part.number, part.key))
+
+
+def _schema(store: Store, parts: list[Part], spec: JobSpec, problems: Problems) -> pa.Schema:
+    """Return the schema of the output: that of the first file that has one."""
+    for part in parts:
+        try:
+            with open_parquet(store, part.key) as file:
+                schema = file.schema_arrow
+        except Unreadable:
+            continue  # reading it will tell
+        odd = [
+            f.name
+            for f in our_fields(spec)
+            if f.name not in schema.names or schema.field(f.name).type != f.type
+        ]
+        if not odd:
+            return schema
+        problems.note(
+            "columns that are missing or of another type", f"{part.key}: {', '.join(odd)}"
+        )
+    return pa.schema(our_fields(spec))

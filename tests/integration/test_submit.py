@@ -1,0 +1,91 @@
+"""`ray job submit`: to the end, stopped half-way and submitted again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.integration.support import REPOSITORY, proven, wait_for, write_spec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.integration.support import Head
+
+
+def ray_job(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `ray job ...` as a person would."""
+    verb, *rest = arguments
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "job",
+            verb,
+            f"--address={head.dashboard}",
+            *rest,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd=REPOSITORY,
+        check=False,
+        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+    )
+
+
+def submit(head: Head, spec: Path, *options: str, name: str) -> subprocess.CompletedProcess[str]:
+    return ray_job(
+        head, "submit", "--working-dir=.", f"--submission-id={name}", *options,
+        "--", "python", "jobs/run.py", str(spec),
+    )  # fmt: skip
+
+
+@pytest.mark.timeout(240)
+def test_submitted_and_waited_for(tmp_path: Path, ray_head: Head) -> None:
+    spec = write_spec(tmp_path, {"uri": str(tmp_path / "out")})
+    done = submit(ray_head, spec, name="whole")
+    assert done.returncode == 0, done.stdout + done.stderr
+    documents = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    outcome = json.loads(documents[-1])
+    assert (outcome["outcome"], outcome["exit_code"], outcome["rows"]) == ("done", 0, 480)
+    proven(spec)
+
+
+@pytest.mark.timeout(300)
+def test_stopped_half_way_and_submitted_again(tmp_path: Path, ray_head: Head) -> None:
+    spec = write_spec(tmp_path, {"uri": str(tmp_path / "out")})
+    started = submit(ray_head, spec, "--no-wait", name="stopped")
+    assert started.returncode == 0, started.stdout + started.stderr
+    commits = tmp_path / "out" / "_quantbatch" / "commits"
+
+    def some() -> bool:
+        return commits.exists() and sum(1 for _ in commits.iterdir()) >= 4
+
+    wait_for(some, timeout_s=90, what="a few commits")
+    stopped = ray_job(ray_head, "stop", "stopped")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    before = sum(1 for _ in commits.iterdir())
+    assert before < 24
+
+    again = submit(ray_head, spec, name="continued")
+    assert again.returncode == 0, again.stdout + again.stderr
+    proven(spec)
+
+
+@pytest.mark.timeout(120)
+def test_a_mistake_is_told_in_the_outcome(tmp_path: Path, ray_head: Head) -> None:
+    spec = write_spec(tmp_path, {"uri": str(tmp_path / "out")})
+    spec.write_text(spec.read_text().replace("max_new_tokens", "max_tokens"))
+    done = submit(ray_head, spec, name="mistaken")
+    assert done.returncode == 1
+    outcome = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    assert outcome["exit_code"] == 2
+    assert "sampling.max_tokens" in outcome["error"]

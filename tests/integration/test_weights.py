@@ -1,0 +1,329 @@
+"""Loading: every kind of weights, to the byte, and every way in which it must fail."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import bitsandbytes
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from quantbatch.checkpoint import open_checkpoint
+from quantbatch.errors import DoesNotFit, ModelError
+from quantbatch.footprint import weigh
+from quantbatch.memory import plan_memory
+from quantbatch.spec import FourBit, Int8, Model, Unquantized
+from quantbatch.weights import bnb
+from quantbatch.weights.bnb import LoadedModel, load, resolve
+from quantbatch.weights.peak import PeakMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+hf: Any = transformers
+
+KINDS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float32": {"bits": 32},
+    "int8": {"bits": 8},
+    "nf4": {"quantization": FourBit(double_quant=False)},
+    "nf4+dq": {"bits": 4},
+    "fp4": {"quantization": FourBit(kind="fp4")},
+    "skipping": {"quantization": FourBit(skip_modules=["down_proj", "k_proj"])},
+}
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("model"), tied=request.param == "tied")
+
+
+@pytest.fixture
+def untied(tmp_path: Path) -> Path:
+    return make_llama(tmp_path / "model")
+
+
+def make_llama(folder: Path, *, tied: bool = False, **changes: Any) -> Path:  # noqa: ANN401
+    """Save a random Llama in bfloat16."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 300,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    }  # fmt: skip
+    config = hf.LlamaConfig(
+        **sizes | changes, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=1
+    )
+    hf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def loaded(folder: Path, **fields: Any) -> LoadedModel:  # noqa: ANN401
+    model = Model(id=str(folder), **fields)
+    return load(open_checkpoint(model), model, "cpu")
+
+
+def logits(model: Any) -> torch.Tensor:  # noqa: ANN401
+    with torch.inference_mode():
+        found: torch.Tensor = model(torch.arange(40).view(2, 20)).logits
+    return found.float()
+
+
+# ---- what is loaded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_is_exact_to_the_byte(folder: Path, kind: str) -> None:
+    model = Model(id=str(folder), **KINDS[kind])
+    checkpoint = open_checkpoint(model)
+    found = load(checkpoint, model, "cpu")
+    planned = weigh(checkpoint, resolve(checkpoint, model, "cpu"))
+    assert found.weight_bytes == planned.total_bytes
+    assert sum(p.numel() for p in found.model.parameters() if p.is_floating_point()) <= (
+        planned.total_params
+    )
+    assert not found.model.training
+    assert not any(p.requires_grad for p in found.model.parameters())
+    assert logits(found.model).isfinite().all()
+
+
+def test_a_model_of_odd_shapes_loads_and_runs(tmp_path: Path) -> None:
+    """bitsandbytes 0.50 fails on these on CPUs with AVX512-BF16 unless repacking is off."""
+    folder = make_llama(tmp_path, hidden_size=96, intermediate_size=200, head_dim=20)
+    model = Model(id=str(folder), bits=4)
+    checkpoint = open_checkpoint(model)
+    found = load(checkpoint, model, "cpu")
+    assert found.weight_bytes == weigh(checkpoint, resolve(checkpoint, model, "cpu")).total_bytes
+    assert logits(found.model).isfinite().all()
+
+
+def test_weights_stay_as_loaded_when_they_are_used(untied: Path) -> None:
+    found = loaded(untied, bits=4)
+    first = logits(found.model)
+    assert bnb.parameter_bytes(found.model) == found.weight_bytes
+    assert torch.equal(logits(found.model), first)
+
+
+def test_quantized_logits_are_near_and_in_the_order_of_bits(untied: Path) -> None:
+    exact = logits(loaded(untied, bits=32).model)
+
+    def error(**fields: Any) -> float:  # noqa: ANN401
+        return float((logits(loaded(untied, **fields).model) - exact).norm() / exact.norm())
+
+    float32 = {"dtype": "float32"}
+    int8 = error(bits=8, **float32)
+    nf4 = error(quantization=FourBit(compute_dtype="float32"), **float32)
+    fp4 = error(quantization=FourBit(kind="fp4", compute_dtype="float32"), **float32)
+    assert 0 < int8 < nf4 / 3
+    assert nf4 < fp4 < 0.5
+
+
+def test_every_option_reaches_the_layers(untied: Path) -> None:
+    quantization = FourBit(
+        kind="fp4", double_quant=False, compute_dtype="float16", skip_modules=["o_proj"]
+    )
+    found = loaded(untied, quantization=quantization, dtype="float32")
+    modules = dict(found.model.named_modules())
+    layer: Any = modules["model.layers.0.mlp.up_proj"]
+    assert isinstance(layer, bitsandbytes.nn.Linear4bit)
+    state = layer.weight.quant_state
+    assert (state.quant_type, state.nested, state.blocksize) == ("fp4", False, 64)
+    assert layer.compute_dtype == torch.float16
+    assert found.compute_dtype == "float16"
+    for name in ("model.layers.0.self_attn.o_proj", "lm_head"):
+        assert type(modules[name]) is torch.nn.Linear
+    assert found.model.lm_head.weight.dtype == torch.float32
+    found = loaded(untied, quantization=Int8(threshold=0.0))
+    eight: Any = dict(found.model.named_modules())["model.layers.0.mlp.up_proj"]
+    assert isinstance(eight, bitsandbytes.nn.Linear8bitLt)
+    assert (eight.state.threshold, eight.state.has_fp16_weights) == (0.0, False)
+
+
+def test_a_checkpoint_saved_quantized_loads_to_the_same_numbers(
+    untied: Path, tmp_path: Path
+) -> None:
+    for kind in ("nf4", "nf4+dq", "int8"):
+        first = loaded(untied, **KINDS[kind])
+        first.model.save_pretrained(tmp_path / kind)
+        model = Model(id=str(tmp_path / kind))
+        checkpoint = open_checkpoint(model)
+        again = load(checkpoint, model, "cpu")
+        assert checkpoint.quantized == "bitsandbytes"
+        assert torch.equal(logits(again.model), logits(first.model)), kind
+        assert again.weight_bytes == first.weight_bytes
+        assert weigh(checkpoint, resolve(checkpoint, model, "cpu")).total_bytes == (
+            first.weight_bytes
+        ), kind
+        with pytest.raises(ModelError, match="is quantized already"):
+            loaded(tmp_path / kind, bits=4 if kind == "int8" else 8)
+
+
+def test_the_compute_type_asked_for_wins_over_the_one_saved(untied: Path, tmp_path: Path) -> None:
+    saved = loaded(untied, quantization=FourBit(compute_dtype="float16"))
+    saved.model.save_pretrained(tmp_path / "saved")
+    again = loaded(tmp_path / "saved", quantization=FourBit(compute_dtype="float32"))
+    layers = [m for m in again.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert {layer.compute_dtype for layer in layers} == {torch.float32}
+    assert again.compute_dtype == "float32"
+
+
+def test_types_are_chosen_for_the_cpu(untied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(id=str(untied), bits=4)
+    checkpoint = open_checkpoint(model)
+
+    def types(flags: dict[str, bool], **changes: Any) -> tuple[str, str]:  # noqa: ANN401
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+        found = resolve(checkpoint, model.model_copy(update=changes), "cpu")
+        assert isinstance(found.quantization, FourBit)
+        return found.dtype, found.quantization.compute_dtype
+
+    assert types({"avx512_bf16": True}) == ("bfloat16", "bfloat16")
+    assert types({"avx2": True, "avx512_bf16": False}) == ("float32", "float32")
+    assert types({"avx2": True}, dtype="bfloat16") == ("bfloat16", "float32")
+    assert types({"avx512_bf16": True}, dtype="float32") == ("float32", "bfloat16")
+    asked = FourBit(compute_dtype="float16")
+    assert types({}, bits=None, quantization=asked) == ("float32", "float16")
+
+
+def test_what_the_model_says_on_sampling_is_forgotten(untied: Path) -> None:
+    said = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.7,
+            "max_length": 99, "eos_token_id": [2, 3], "pad_token_id": 4}  # fmt: skip
+    (untied / "generation_config.json").write_text(json.dumps(said))
+    found: Any = loaded(untied).model.generation_config
+    assert found.eos_token_id == [2, 3]
+    assert found.pad_token_id == 4
+    empty = hf.GenerationConfig(eos_token_id=[2, 3], pad_token_id=4)
+    assert found.to_diff_dict() == empty.to_diff_dict()
+
+
+def test_the_end_token_may_be_in_the_configuration_only(untied: Path) -> None:
+    (untied / "generation_config.json").unlink()
+    assert loaded(untied).model.generation_config.eos_token_id == 1
+
+
+def test_nothing_is_logged_and_no_bar_is_drawn(
+    untied: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.INFO):
+        found = loaded(untied, bits=8, dtype="float32")
+        logits(found.model)
+    assert [
+        r for r in caplog.records if r.name.split(".")[0] in ("transformers", "bitsandbytes")
+    ] == []
+    assert capfd.readouterr().err == ""
+
+
+# ---- what must fail
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_missing_tensor_is_not_made_up(untied: Path, bits: int) -> None:
+    edit(untied, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ModelError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        loaded(untied, bits=bits)
+
+
+def test_an_unexpected_tensor_is_not_dropped(untied: Path) -> None:
+    edit(untied, lambda tensors: tensors.update(extra=torch.zeros(3)))
+    with pytest.raises(ModelError, match="has, unexpectedly, extra"):
+        loaded(untied)
+
+
+def test_a_tensor_of_another_shape_is_named_with_both(untied: Path) -> None:
+    edit(untied, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(64)}))
+    with pytest.raises(ModelError, match=r"another shape model\.norm\.weight .*64.*128"):
+        loaded(untied)
+
+
+def test_a_model_type_that_transformers_does_not_know_is_refused(untied: Path) -> None:
+    config = json.loads((untied / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    with pytest.raises(ModelError, match="can't be loaded: .*unheard_of"):
+        loaded(untied)
+
+
+def test_pickles_are_not_read_even_if_they_come_later(untied: Path) -> None:
+    model = Model(id=str(untied))
+    checkpoint = open_checkpoint(model)
+    tensors = load_file(untied / "model.safetensors")
+    (untied / "model.safetensors").unlink()
+    torch.save(tensors, untied / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="can't be loaded: OSError"):
+        load(checkpoint, model, "cpu")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_no_room_while_loading_is_no_fault_of_the_model(
+    untied: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(DoesNotFit, match="do not fit cpu"):
+        loaded(untied)
+
+
+def test_a_quantized_checkpoint_never_gets_an_empty_quantization(
+    untied: Path, tmp_path: Path
+) -> None:
+    """`quantization_config=None` would load it as random numbers, without an exception."""
+    loaded(untied, bits=8).model.save_pretrained(tmp_path / "int8")
+    exact = logits(loaded(untied, bits=32).model)
+    again = logits(loaded(tmp_path / "int8", quantization=Unquantized()).model)
+    assert (again - exact).norm() / exact.norm() < 0.1
+
+
+# ---- what it takes while it works
+
+
+def test_the_measured_peak_is_within_the_plan(tmp_path: Path) -> None:
+    """34 million parameters in float32, 8 rows of 256 tokens; a process grows by a bit for itself."""
+    folder = make_llama(
+        tmp_path, hidden_size=768, intermediate_size=2048, num_hidden_layers=4, vocab_size=4096,
+        num_attention_heads=12, num_key_value_heads=4,
+    )  # fmt: skip
+    model = Model(id=str(folder), bits=32)
+    checkpoint = open_checkpoint(model)
+    plan = plan_memory(
+        checkpoint,
+        resolve(checkpoint, model, "cpu"),
+        max_tokens=256,
+        batch_size=8,
+        device_bytes=None,
+    )
+    peak = PeakMemory("cpu")
+    found: Any = load(checkpoint, model, "cpu").model
+    with torch.inference_mode():
+        found.generate(torch.randint(5, 4000, (8, 240)), max_new_tokens=16, do_sample=False)
+    assert plan.weight_bytes < peak.peak_bytes() < 1.2 * plan.total
+    shutil.rmtree(folder)
+
+
+def test_the_peak_forgets_what_was_before() -> None:
+    block = bytearray(64 * 2**20)
+    del block
+    peak = PeakMemory("cpu")
+    assert peak.peak_bytes() < 16 * 2**20
+    block = bytearray(64 * 2**20)
+    del block
+    assert 60 * 2**20 < peak.peak_bytes() < 90 * 2**20
