@@ -38,9 +38,9 @@ OUTCOMES = {
     "input_unreadable": "all is answered but the input files that can't be read",
     "planned": "planned; nothing was written",
     "finished": "finished",
-    "unfinished": "not finished; quantbatch run begins or continues it",
+    "unfinished": "not finished; quantbatch run continues it",
     "proven": "proven: every row of the input is answered exactly once",
-    "problems": "the output is not what the input asks for",
+    "problems": "not proven",
 }
 """How outcomes are said to a person."""
 _SAMPLE_CHARS = 4000
@@ -273,13 +273,18 @@ def _share(done: int, total: int) -> str:
 
 
 def next_steps(report: RunReport, spec: str) -> Table:
-    """Return what to do after a run, as commands and what they are for."""
+    """Return what to do after a run, as commands and what they are for.
+
+    Args:
+        report: Of the run.
+        spec: The arguments that name the job: the spec's path, and what was set.
+    """
     steps = {
         f"quantbatch verify {spec}": "prove that each row is answered once",
         f"quantbatch status {spec}": "see how the job stands",
     }
     if report.unreadable:
-        steps = {f"quantbatch run {spec} --extend": "after mending the files that can't be read"}
+        steps = {f"quantbatch run {spec} --extend": "once those files are mended"}
     elif report.exit_code:
         steps = {
             f"quantbatch sample {spec}": "see prompts and answers",

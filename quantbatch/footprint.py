@@ -222,8 +222,10 @@ def _module(tensor_name: str) -> str:
 
 
 def _is_buffer(tensor: TensorInfo) -> bool:
-    """Recognize what old checkpoints of GPT-2, GPT-NeoX and Llama hold and transformers ignores."""
-    if tensor.name.endswith(("masked_bias", "rotary_emb.inv_freq")):
+    """Recognize what transformers does not load: masks and frequencies in old checkpoints of GPT-2,
+    GPT-NeoX and Llama, and a mark that bitsandbytes leaves beside int8 weights.
+    """
+    if tensor.name.endswith(("masked_bias", "rotary_emb.inv_freq", ".weight_format")):
         return True
     return tensor.name.endswith(".bias") and len(tensor.shape) > 1
 

@@ -7,8 +7,6 @@ Ray's processes; `cluster.py` is all that we ask of Ray itself.
 
 from __future__ import annotations
 
-import functools
-import itertools
 from typing import TYPE_CHECKING
 
 import ray
@@ -25,8 +23,6 @@ from quantbatch.storage import probe, redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import pyarrow as pa
 
     from quantbatch.plan import Shard
     from quantbatch.progress import Progress
@@ -84,33 +80,31 @@ def run(spec: JobSpec, *, extend: bool = False, progress: Progress | None = None
 def _receipts(job: Job, device: str) -> Iterator[Receipt]:
     """Send every chunk that is still to do through the pipeline; yield what became of it."""
     items = stages.to_items(job.ledger.undone())
-    if not items.num_rows:
+    if not items:
         return
-    store, target = job.ledger.store, job.target
-    read = functools.partial(stages.read_and_render, job=job.read_job)
-    commit = functools.partial(stages.commit, store=store, target=target)
     dataset = (
-        ray.data.from_arrow(_blocks(items))
-        .map_batches(read, **cluster.task_options(job.spec, num_cpus=0.5))
+        ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
+        .map_batches(
+            stages.Reader,
+            fn_constructor_args=[job.read_job],
+            **cluster.reader_options(job.spec),
+        )
         .map_batches(
             Replica,
             fn_constructor_args=[job.replica_job(device)],
-            **cluster.actor_options(job.spec, device),
+            **cluster.replica_options(job.spec, device),
         )
-        .map_batches(commit, **cluster.task_options(job.spec, num_cpus=0.25))
+        .map_batches(
+            stages.Committer,
+            fn_constructor_args=[job.ledger.store, job.target],
+            **cluster.committer_options(),
+        )
     )
     with cluster.explained(job.spec):
         for block in dataset.iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=0
         ):
             yield from stages.receipts(block)
-
-
-def _blocks(items: pa.Table) -> list[pa.Table]:
-    """Divide the chunk list evenly into the blocks that Ray gets."""
-    count = min(items.num_rows, MAX_INPUT_BLOCKS)
-    ends = [items.num_rows * i // count for i in range(count + 1)]
-    return [items.slice(start, end - start) for start, end in itertools.pairwise(ends)]
 
 
 class _Publisher:

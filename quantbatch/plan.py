@@ -30,7 +30,8 @@ from quantbatch.errors import InputError
 from quantbatch.records import Chunk, Slice
 
 if TYPE_CHECKING:
-    from quantbatch.sources import FileFacts, InputFile, Listing
+    from quantbatch.listing import InputFile, Listing
+    from quantbatch.sources import FileFacts
     from quantbatch.spec import JobSpec
 
 MIN_ROWS_PER_CHUNK = 64

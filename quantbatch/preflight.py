@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantbatch import listing, memory, prompts, rows, storage
+from quantbatch import keys, listing, memory, prompts, rows, storage
 from quantbatch.checkpoint import open_checkpoint
 from quantbatch.errors import InputError, JobError, Refused, SpecError
 from quantbatch.ledger import Ledger
@@ -92,9 +92,7 @@ def prepare(spec: JobSpec, *, extend: bool = False) -> Job:
     kept = tuple(rows.kept_columns(spec.output, plan.schema, listed.partition_keys))
     target = ledger.output_format(rows.output_schema(spec, kept, plan.schema))
     if new and spec.input.key:
-        from quantbatch import keys
-
-        keys.check_unique(listed.store, new, spec.input)
+        keys.check_unique(listed.store, plan, spec.input)
     there = {file.name for file in listed.files}
     unreadable = {name: why for name, why in plan.unreadable.items() if name in there}
     return Job(

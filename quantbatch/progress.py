@@ -169,7 +169,7 @@ class Live:
         )
 
     def __enter__(self) -> Self:
-        self._display.start()
+        self._display.start(refresh=True)
         return self
 
     def __exit__(
@@ -183,6 +183,8 @@ class Live:
     def planned(self, job: Job) -> None:
         """See `Progress`."""
         self._course.planned(job)
+        # Now, because starting Ray keeps all other threads waiting for seconds.
+        self._display.refresh()
 
     def started(self, device: str) -> None:
         """See `Progress`."""
@@ -201,7 +203,7 @@ class Live:
             return _side_by_side(bar, Text(course.doing))
         bar = ProgressBar(total=now.rows, completed=now.rows_done, width=BAR_WIDTH)
         share = now.rows_done / now.rows if now.rows else 1.0
-        left = f"{_clock(now.eta_s)} left" if now.eta_s is not None else ""
+        left = f"{_clock(now.eta_s)} left" if now.eta_s else ""
         head = f"{now.rows_done:,} of {now.rows:,} rows  {share:.0%}  {left}"
         return Group(_side_by_side(bar, Text(head)), Text(_details(now), style="dim"))
 
@@ -216,7 +218,7 @@ def _details(now: Standing) -> str:
     return " · ".join(
         (
             f"{now.shards_done:,} of {now.shards:,} files",
-            f"{now.errors:,} errors",
+            f"{now.errors:,} error{'s' * (now.errors != 1)}",
             f"{now.rows_per_s:,.1f} rows/s",
             f"{now.tokens_per_s:,.0f} tokens/s",
             f"{now.replicas} of {now.replicas_wanted} replicas",

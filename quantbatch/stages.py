@@ -1,4 +1,4 @@
-"""What the pipeline does with a chunk before and after a replica; both run as Ray tasks, on CPUs.
+"""What the pipeline does with a chunk before and after a replica, in Ray actors on CPUs.
 
 Each takes and returns one chunk as `records.pack` makes it. Neither raises for what is wrong with a
 row or a file: a bad row becomes an error row, and a chunk that can't be read or committed a receipt
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from quantbatch.spec import JobSpec
     from quantbatch.storage import Store
 
-_ITEM = pa.schema([("chunk", pa.string())])
 _RECEIPT = pa.schema([("receipt", pa.string())])
 
 
@@ -56,10 +55,12 @@ class ReadJob:
         return hash((self.spec.output.uri, self.root, self.max_input_tokens))
 
 
-def to_items(chunks: Iterable[Chunk]) -> pa.Table:
+def to_items(chunks: Iterable[Chunk]) -> list[dict[str, str]]:
     """Return the input of the Ray dataset: a row for each chunk."""
-    texts = [json.dumps([c.id, c.shard, [asdict(piece) for piece in c.slices]]) for c in chunks]
-    return pa.table([pa.array(texts, pa.string())], schema=_ITEM)
+    return [
+        {"chunk": json.dumps([c.id, c.shard, [asdict(piece) for piece in c.slices]])}
+        for c in chunks
+    ]
 
 
 def _chunk(item: pa.Table) -> Chunk:
@@ -86,6 +87,17 @@ def read_and_render(item: pa.Table, *, job: ReadJob) -> pa.Table:
         table.select(job.kept), ids, prompts.token_ids, {**prompts.errors, **errors}
     )
     return pack(chunk.id, rows.with_facts(found, rows.ChunkFacts(chunk.shard, chunk.rows)))
+
+
+class Reader:
+    """`read_and_render` as an actor."""
+
+    def __init__(self, job: ReadJob) -> None:
+        self._job = job
+
+    def __call__(self, item: pa.Table) -> pa.Table:
+        """See `read_and_render`."""
+        return read_and_render(item, job=self._job)
 
 
 def _read(job: ReadJob, chunk: Chunk) -> tuple[pa.Table, dict[int, RowError]]:
@@ -118,6 +130,17 @@ def _renderer(job: ReadJob) -> Renderer:
         max_prompt_tokens=job.max_input_tokens,
         too_long=job.spec.engine.too_long,
     )
+
+
+class Committer:
+    """`commit` as an actor."""
+
+    def __init__(self, store: Store, target: OutputFormat) -> None:
+        self._store, self._target = store, target
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """See `commit`; several threads may call this."""
+        return commit(block, store=self._store, target=self._target)
 
 
 def commit(block: pa.Table, *, store: Store, target: OutputFormat) -> pa.Table:

@@ -28,7 +28,7 @@ import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from typing_extensions import override
 
@@ -160,7 +160,10 @@ class LocalStore:
     def info(self, key: str) -> FileInfo:
         """See `Store`."""
         with _explained(self.uri):
-            return _local_info(key, self._path(key).stat())
+            path = self._path(key)
+            if path.is_dir():
+                raise FileNotFoundError(f"{path} is a folder")
+            return _local_info(key, path.stat())
 
     def list(self, prefix: str = "") -> Iterator[FileInfo]:
         """See `Store`."""
@@ -288,7 +291,7 @@ class S3Store:
                 cache_type="readahead" if sequential else "none",
                 block_size=8 << 20,
             )
-            return file
+            return cast("IO[bytes]", _ExplainedReads(file, self.uri))
 
     def info(self, key: str) -> FileInfo:
         """See `Store`."""
@@ -340,13 +343,47 @@ class S3Store:
             self._fs.rm_file(self._path(key))
 
 
+class _ExplainedReads(io.RawIOBase):
+    """An open S3 file whose reads fail with errors of ours; s3fs lets some of botocore's through."""
+
+    def __init__(self, file: IO[bytes], uri: str) -> None:
+        super().__init__()
+        self._file, self._uri = file, uri
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def seekable(self) -> bool:
+        return True
+
+    @override
+    def read(self, size: int | None = -1) -> bytes:
+        with _explained(self._uri):
+            return self._file.read(-1 if size is None else size)
+
+    @override
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    @override
+    def tell(self) -> int:
+        return self._file.tell()
+
+    @override
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 @contextlib.contextmanager
 def _explained(uri: str) -> Iterator[None]:
     """Turn what file systems and botocore raise into one StorageError with a remedy."""
     try:
         yield
     except FileNotFoundError as error:
-        if "bucket" in str(error).lower():
+        if "specified bucket does not exist" in str(error):
             raise StorageError(
                 f"{redact(uri)}: there is no such bucket", "create it, or correct the uri"
             ) from error

@@ -32,7 +32,8 @@ def status(answer: Completion | Failure) -> Status:
 
 def columns(answers: Sequence[Completion | Failure | None]) -> list[pa.Array]:
     """Turn the answers of a chunk into the task's columns, in the order of `FIELDS`; None is no
-    answer."""
+    answer.
+    """
     done = [answer if isinstance(answer, Completion) else None for answer in answers]
     return [
         pa.array([a and a.text for a in done], pa.string()),

@@ -1,0 +1,39 @@
+"""A tiny random Llama, for tests of loading and of engines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+hf: Any = transformers
+
+
+def make_llama(
+    folder: Path,
+    *,
+    tied: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    **changes: Any,  # noqa: ANN401
+) -> Path:
+    """Save a random Llama."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "vocab_size": 300,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
+    config = hf.LlamaConfig(**sizes | changes, tie_word_embeddings=tied)
+    hf.LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    return folder

@@ -1,0 +1,512 @@
+"""The plain engine: the same answers in any company, cut where they end.
+
+Two models: a random one, whose answers depend on everything before them, and a `chain`, a Llama whose
+weights are made by hand so that each token has one successor: after "a" it says "bcdef...".
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from quantbatch.checkpoint import open_checkpoint
+from quantbatch.engine import static
+from quantbatch.engine.static import Cut, StaticEngine, find_stop, uniform_numbers
+from quantbatch.records import Completion, FinishReason, Request, RequestId
+from quantbatch.spec import Model, Sampling
+from quantbatch.weights.bnb import load
+from tests.integration.llama import make_llama
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+hf: Any = transformers
+
+STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
+END, PAD, HIDDEN = "<|end|>", "<|pad|>", "<|hidden|>"
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+VOCABULARY = 320
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:  # noqa: ANN401
+    """One token a byte, and special tokens."""
+    vocabulary = {END: 0, PAD: 1, HIDDEN: 2} | {c: i for i, c in enumerate(ALPHABET, start=3)}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    made = hf.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=PAD)
+    made.add_special_tokens({"additional_special_tokens": [HIDDEN]})
+    return made
+
+
+@pytest.fixture(scope="module")
+def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("random")
+    # A wide spread of logits, so that no two are near a tie.
+    return make_llama(folder, dtype=torch.float32, vocab_size=VOCABULARY, initializer_range=0.2)
+
+
+@pytest.fixture(scope="module")
+def random_model(random_folder: Path) -> Any:  # noqa: ANN401
+    return loaded(random_folder)
+
+
+@pytest.fixture(scope="module")
+def chain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(
+        tmp_path_factory.mktemp("chain"), dtype=torch.float32, hidden_size=VOCABULARY,
+        vocab_size=VOCABULARY, num_hidden_layers=1, intermediate_size=64, eos_token_id=0,
+    )  # fmt: skip
+
+
+def loaded(folder: Path) -> Any:  # noqa: ANN401
+    model = Model(id=str(folder), bits=32)
+    return load(open_checkpoint(model), model, "cpu").model
+
+
+def chain(folder: Path, tokenizer: Any, text: str) -> Any:  # noqa: ANN401
+    """A model that goes through the tokens of a text in a circle.
+
+    The residual stream is the token itself, layers add nothing, and the head looks up the successor.
+    """
+    model = loaded(folder)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert len(set(ids)) == len(ids), "each token has one successor"
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        for weight in (
+            layer.self_attn.o_proj.weight,
+            layer.mlp.down_proj.weight,
+            model.lm_head.weight,
+        ):
+            weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(VOCABULARY))
+        for token, successor in zip(ids, [*ids[1:], ids[0]], strict=True):
+            model.lm_head.weight[successor, token] = 1.0
+    return model
+
+
+def ask(
+    model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    prompts: Sequence[Sequence[int] | str],
+    sampling: Sampling,
+    *,
+    batch_size: int = 8,
+    seeds: Sequence[int] | None = None,
+) -> list[Completion]:
+    """Have prompts answered and return the answers in their order."""
+    engine = StaticEngine(model, tokenizer, batch_size=batch_size)
+    ids = [tuple(tokenizer.encode(p)) if isinstance(p, str) else tuple(p) for p in prompts]
+    engine.add(
+        Request(RequestId(0, i), prompt, sampling, seeds[i] if seeds else i)
+        for i, prompt in enumerate(ids)
+    )
+    answers: dict[int, Completion] = {}
+    while engine.has_work():
+        answers |= {completion.id.row: completion for completion in engine.step()}
+    return [answers[i] for i in range(len(prompts))]
+
+
+def random_prompts(count: int = 13) -> list[list[int]]:
+    random = torch.Generator().manual_seed(5)
+    return [
+        torch.randint(3, VOCABULARY, (1 + (7 * i) % 40,), generator=random).tolist()
+        for i in range(count)
+    ]
+
+
+# ---- the oracle
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_new_tokens=20),
+        Sampling(max_new_tokens=20, repetition_penalty=1.4),
+        Sampling(max_new_tokens=12, min_new_tokens=5),
+        Sampling(max_new_tokens=12, temperature=0.8, top_p=0.9, top_k=40, repetition_penalty=1.1),
+        Sampling(max_new_tokens=12, temperature=1.5),
+    ],
+    ids=["greedy", "penalty", "minimum", "sampling", "hot"],
+)
+def test_company_changes_no_answer(
+    random_model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    sampling: Sampling,
+) -> None:
+    prompts = random_prompts()
+    together = ask(random_model, tokenizer, prompts, sampling)
+    assert ask(random_model, tokenizer, prompts, sampling, batch_size=1) == together
+    some = ask(random_model, tokenizer, prompts[5:9], sampling, seeds=[5, 6, 7, 8])
+    assert [c.token_ids for c in some] == [c.token_ids for c in together[5:9]]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_answers_are_those_of_plain_generate(
+    random_model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    penalty: float,
+) -> None:
+    prompts = random_prompts(6)
+    sampling = Sampling(max_new_tokens=15, repetition_penalty=penalty)
+    for prompt, answer in zip(
+        prompts, ask(random_model, tokenizer, prompts, sampling), strict=True
+    ):
+        plain = random_model.generate(
+            torch.tensor([prompt]), max_new_tokens=15, do_sample=False, repetition_penalty=penalty,
+            eos_token_id=[0, 1], pad_token_id=1,
+        )  # fmt: skip
+        assert list(answer.token_ids) == plain[0, len(prompt) :].tolist()
+
+
+def test_padding_is_not_repetition(random_model: Any, tokenizer: Any) -> None:  # noqa: ANN401
+    """Were padding counted, a penalty would keep rows from saying the padding's token."""
+    prompts = random_prompts()
+    sampling = Sampling(max_new_tokens=10, repetition_penalty=3.0)
+    alone = ask(random_model, tokenizer, prompts, sampling, batch_size=1)
+    said = alone[0].token_ids[0]
+    config = random_model.generation_config
+    before, config.pad_token_id = config.pad_token_id, said
+    together = ask(random_model, tokenizer, prompts, sampling)
+    config.pad_token_id = before
+    assert together == alone
+
+
+def test_a_model_s_own_sampling_changes_nothing(
+    random_folder: Path,
+    random_model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    tmp_path: Path,
+) -> None:
+    said = {"do_sample": True, "temperature": 5.0, "top_k": 3, "top_p": 0.1, "max_length": 3,
+            "repetition_penalty": 9.0, "min_length": 30, "no_repeat_ngram_size": 1, "num_beams": 4,
+            "suppress_tokens": list(range(50, 200)), "eos_token_id": 1}  # fmt: skip
+    for file in random_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    sampling = Sampling(max_new_tokens=12)
+    prompts = random_prompts(5)
+    expected = ask(random_model, tokenizer, prompts, sampling)
+    assert ask(loaded(tmp_path), tokenizer, prompts, sampling) == expected
+
+
+DEMO = Path(__file__).parents[2] / "configs/quickstart/model"
+
+
+@pytest.mark.skipif(not (DEMO / "tokenizer.json").exists(), reason="the demo model is not there")
+def test_the_demo_model_answers_the_same_alone_and_together() -> None:
+    model, tokenizer = loaded(DEMO), hf.AutoTokenizer.from_pretrained(DEMO)
+    prompts = [
+        "a",
+        "def parse(text):",
+        "import os\nimport sys\n" * 3,
+        "the quick brown fox",
+        "x = 1",
+    ]
+    sampling = Sampling(max_new_tokens=24)
+    together = ask(model, tokenizer, prompts, sampling)
+    assert ask(model, tokenizer, prompts, sampling, batch_size=1) == together
+    assert all(c.text or c.finish_reason is STOP for c in together)
+
+
+# ---- where an answer ends
+
+
+def test_an_answer_is_as_long_as_allowed(chain_folder: Path, tokenizer: Any) -> None:  # noqa: ANN401
+    model = chain(chain_folder, tokenizer, "abcdefghij")
+    first, second = ask(model, tokenizer, ["a", "xyzg"], Sampling(max_new_tokens=4))
+    assert (first.text, first.finish_reason, len(first.token_ids)) == ("bcde", LENGTH, 4)
+    assert (second.text, second.finish_reason) == ("hija", LENGTH)
+
+
+def test_an_end_token_ends_it_and_is_counted(chain_folder: Path, tokenizer: Any) -> None:  # noqa: ANN401
+    model = chain(chain_folder, tokenizer, f"abc{END}defgh")
+    early, late = ask(model, tokenizer, ["a", "d"], Sampling(max_new_tokens=6))
+    assert (early.text, early.finish_reason) == ("bc", STOP)
+    assert early.token_ids[-1] == 0
+    assert len(early.token_ids) == 3
+    assert (late.text, late.finish_reason) == ("efgha" + "b", LENGTH)
+
+
+def test_an_end_token_as_the_last_allowed_one_is_an_end(
+    chain_folder: Path,
+    tokenizer: Any,  # noqa: ANN401
+) -> None:
+    model = chain(chain_folder, tokenizer, f"abc{END}d")
+    (answer,) = ask(model, tokenizer, ["a"], Sampling(max_new_tokens=3))
+    assert (answer.text, answer.finish_reason) == ("bc", STOP)
+
+
+def test_the_tokenizer_s_end_token_counts_too(chain_folder: Path, tokenizer: Any) -> None:  # noqa: ANN401
+    model = chain(chain_folder, tokenizer, f"abc{END}de{HIDDEN}fg")
+    model.generation_config.eos_token_id = 2
+    first, second = ask(model, tokenizer, ["a", "d"], Sampling(max_new_tokens=9))
+    assert (first.text, second.text) == ("bc", "e")
+    assert {first.finish_reason, second.finish_reason} == {STOP}
+    model.generation_config.eos_token_id = None
+    assert ask(model, tokenizer, ["a"], Sampling(max_new_tokens=9))[0].text == "bc"
+
+
+def test_an_answer_can_t_end_before_its_minimum(chain_folder: Path, tokenizer: Any) -> None:  # noqa: ANN401
+    model = chain(chain_folder, tokenizer, f"abc{END}de")
+    with torch.no_grad():  # a second best after "c"
+        c, d = tokenizer.encode("cd")
+        model.lm_head.weight[d, c] = 0.5
+    (answer,) = ask(model, tokenizer, ["a"], Sampling(max_new_tokens=9, min_new_tokens=4))
+    assert answer.text == "bcdeabcdea"[:9]
+    (answer,) = ask(model, tokenizer, ["a"], Sampling(max_new_tokens=9, min_new_tokens=2))
+    assert (answer.text, answer.finish_reason) == ("bc", STOP)
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "tokens", "reason"),
+    [
+        (["e"], "bcd", 4, STOP),
+        (["def"], "bc", 5, STOP),
+        (["fgh", "de"], "bc", 4, STOP),
+        (["e", "cde"], "b", 4, STOP),
+        (["bcdefghi"], "", 8, STOP),
+        (["b"], "", 1, STOP),
+        (["hij"], "bcdefg", 9, STOP),
+        (["jklm"], "bcdefghij", 9, LENGTH),
+        (["never"], "bcdefghij", 9, LENGTH),
+        (["bd"], "bcdefghij", 9, LENGTH),
+    ],
+)
+def test_a_stop_string_cuts_exactly(  # noqa: PLR0917
+    chain_folder: Path,
+    tokenizer: Any,  # noqa: ANN401
+    stop: list[str],
+    text: str,
+    tokens: int,
+    reason: FinishReason,
+) -> None:
+    model = chain(chain_folder, tokenizer, "abcdefghijklmnop")
+    neighbours = ["m", "xxxxxxxx", "p"]
+    sampling = Sampling(max_new_tokens=9, stop=stop)
+    answers = ask(model, tokenizer, ["a", *neighbours], sampling)
+    assert (answers[0].text, len(answers[0].token_ids)) == (text, tokens)
+    assert answers[0].finish_reason is reason
+    assert ask(model, tokenizer, ["a", *neighbours], sampling, batch_size=1) == answers
+
+
+def test_a_stop_string_may_be_part_of_a_character_s_bytes_away(
+    chain_folder: Path,
+    tokenizer: Any,  # noqa: ANN401
+) -> None:
+    model = chain(chain_folder, tokenizer, "ab\u20accd")
+    (answer,) = ask(model, tokenizer, ["a"], Sampling(max_new_tokens=8, stop=["\u20ac"]))
+    assert (answer.text, len(answer.token_ids), answer.finish_reason) == ("b", 4, STOP)
+    (answer,) = ask(model, tokenizer, ["a"], Sampling(max_new_tokens=8, stop=["\u20acc"]))
+    assert (answer.text, len(answer.token_ids)) == ("b", 5)
+
+
+def test_a_special_token_may_be_a_stop_string(chain_folder: Path, tokenizer: Any) -> None:  # noqa: ANN401
+    model = chain(chain_folder, tokenizer, f"abc{HIDDEN}de")
+    (answer,) = ask(model, tokenizer, ["a"], Sampling(max_new_tokens=8, stop=[HIDDEN]))
+    assert (answer.text, len(answer.token_ids), answer.finish_reason) == ("bc", 3, STOP)
+    (answer,) = ask(model, tokenizer, ["a"], Sampling(max_new_tokens=5))
+    assert answer.text == "bcde"
+
+
+def test_a_stop_string_before_the_minimum_does_not_end(
+    chain_folder: Path,
+    tokenizer: Any,  # noqa: ANN401
+) -> None:
+    model = chain(chain_folder, tokenizer, "abcde")
+    sampling = Sampling(max_new_tokens=12, min_new_tokens=3, stop=["c"])
+    (answer,) = ask(model, tokenizer, ["a"], sampling)
+    assert (answer.text, len(answer.token_ids)) == ("bcdeab", 7)
+    (answer,) = ask(model, tokenizer, ["a"], sampling.model_copy(update={"min_new_tokens": 2}))
+    assert (answer.text, len(answer.token_ids)) == ("b", 2)
+
+
+def test_an_end_token_comes_before_a_later_stop_string(
+    chain_folder: Path,
+    tokenizer: Any,  # noqa: ANN401
+) -> None:
+    model = chain(chain_folder, tokenizer, f"abc{END}de")
+    (answer,) = ask(model, tokenizer, ["a"], Sampling(max_new_tokens=9, stop=["e"]))
+    assert (answer.text, len(answer.token_ids)) == ("bc", 3)
+
+
+def joined(pieces: Sequence[str]) -> str:
+    return "".join(pieces)
+
+
+@settings(deadline=None)
+@given(
+    pieces=st.lists(st.text("ab", max_size=3), max_size=12),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    minimum=st.integers(0, 12),
+)
+def test_stops_are_found_as_by_looking_after_each_token(
+    pieces: list[str], stops: list[str], minimum: int
+) -> None:
+    sampling = Sampling(max_new_tokens=99, min_new_tokens=minimum, stop=stops)
+    decode: Any = joined
+    expected = None
+    for count in range(1, len(pieces) + 1):
+        before, text = joined(pieces[: max(0, minimum - 1)]), joined(pieces[:count])
+        begins = [
+            at
+            for stop in stops
+            for at in range(len(text))
+            if text.startswith(stop, at) and at + len(stop) > len(before)
+        ]
+        if begins:
+            expected = Cut(count, min(begins))
+            break
+    found: Any = pieces
+    assert find_stop(found, sampling, decode) == expected
+
+
+# ---- random numbers
+
+
+def test_a_row_s_numbers_are_its_own() -> None:
+    together = uniform_numbers([3, 2**63 - 1, 5], 10)
+    assert together.dtype == torch.float64
+    assert torch.equal(uniform_numbers([5], 10)[0], together[2])
+    assert torch.equal(uniform_numbers([5], 4)[0], together[2, :4])
+    assert not torch.equal(uniform_numbers([3 + 2**32], 10)[0], together[0])
+
+
+def test_other_seeds_give_other_samples(random_model: Any, tokenizer: Any) -> None:  # noqa: ANN401
+    sampling = Sampling(max_new_tokens=8, temperature=2.0)
+    answers = ask(random_model, tokenizer, [[5, 6, 7]] * 6, sampling)
+    assert len({answer.token_ids for answer in answers}) == 6
+    same = ask(random_model, tokenizer, [[5, 6, 7]] * 6, sampling, seeds=[4] * 6)
+    assert {answer.token_ids for answer in same} == {answers[4].token_ids}
+
+
+def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
+    rows = 20_000
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
+    draw = static._Draw(uniform_numbers(range(rows), 2), 1)
+    scores = probabilities.log().expand(rows, -1)
+    for step in (1, 2):
+        chosen = draw(torch.zeros(rows, step, dtype=torch.long), scores)
+        assert (chosen.isfinite().sum(-1) == 1).all()
+        shares = torch.bincount(chosen.argmax(-1), minlength=5) / rows
+        assert torch.allclose(shares, probabilities, atol=0.01)
+        assert shares[1] == shares[4] == 0
+
+
+def test_the_ends_of_the_range_draw_the_ends_of_the_vocabulary() -> None:
+    draw = static._Draw(torch.tensor([[0.0], [1 - 2.0**-53]], dtype=torch.float64), 1)
+    scores = torch.tensor([[-torch.inf, 0.0, 7.0, 0.1, -torch.inf]]).expand(2, -1)
+    assert draw(torch.zeros(2, 1), scores).argmax(-1).tolist() == [1, 3]
+
+
+def test_one_likeliest_token_is_greedy(random_model: Any, tokenizer: Any) -> None:  # noqa: ANN401
+    prompts = random_prompts(5)
+    greedy = ask(random_model, tokenizer, prompts, Sampling(max_new_tokens=8))
+    for narrow in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}):
+        sampling = Sampling.model_validate({"max_new_tokens": 8, "temperature": 1.0} | narrow)
+        assert ask(random_model, tokenizer, prompts, sampling) == greedy
+
+
+# ---- groups and failures
+
+
+def request(row: int, tokens: int, sampling: Sampling) -> Request:
+    return Request(RequestId(0, row), tuple(range(3, 3 + tokens)), sampling, row)
+
+
+def test_groups_are_of_like_sampling_the_longest_first(
+    random_model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+) -> None:
+    short, long = Sampling(max_new_tokens=2), Sampling(max_new_tokens=3)
+    engine = StaticEngine(random_model, tokenizer, batch_size=2)
+    engine.add(request(i, tokens, short) for i, tokens in enumerate([4, 9, 2, 7]))
+    engine.add([request(9, 8, long)])
+    engine.add([request(10, 30, short.model_copy(update={"seed": 3}))])
+    groups = []
+    while engine.has_work():
+        groups.append([completion.id.row for completion in engine.step()])
+    assert groups == [[10, 1], [9], [3, 0], [2]]
+
+
+def test_a_failed_step_gives_back_its_own_requests_only(
+    random_model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sampling = Sampling(max_new_tokens=4)
+    requests = [request(i, tokens, sampling) for i, tokens in enumerate([4, 9, 2, 7])]
+    expected = {c.id: c for c in run(StaticEngine(random_model, tokenizer, batch_size=4), requests)}
+    engine = StaticEngine(random_model, tokenizer, batch_size=2)
+    engine.add(requests)
+    with monkeypatch.context() as patch:
+        patch.setattr(random_model, "generate", fail, raising=False)
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.step()
+    failed = engine.evict()
+    assert [each.id.row for each in failed] == [1, 3]
+    assert engine.evict() == []
+    assert {c.id.row for c in run(engine, [])} == {0, 2}
+    assert not engine.has_work()
+    assert {c.id: c for c in run(engine, failed)} == {each.id: expected[each.id] for each in failed}
+
+
+def fail(**_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def run(engine: StaticEngine, requests: Sequence[Request]) -> list[Completion]:
+    engine.add(requests)
+    found: list[Completion] = []
+    while engine.has_work():
+        found += engine.step()
+    return found
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_fail_the_step(
+    random_folder: Path,
+    tokenizer: Any,  # noqa: ANN401
+    value: float,
+) -> None:
+    model = loaded(random_folder)
+    with torch.no_grad():
+        model.lm_head.weight[17] = value
+    engine = StaticEngine(model, tokenizer, batch_size=2)
+    engine.add(
+        [request(0, 4, Sampling(max_new_tokens=2)), request(1, 3, Sampling(max_new_tokens=2))]
+    )
+    with pytest.raises(FloatingPointError, match="not finite for . of 2 rows"):
+        engine.step()
+    assert len(engine.evict()) == 2
+
+
+def test_what_would_not_fit_the_context_is_our_mistake(
+    random_model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+) -> None:
+    engine = StaticEngine(random_model, tokenizer, batch_size=2)
+    engine.add([request(0, 200, Sampling(max_new_tokens=56))])
+    with pytest.raises(AssertionError, match="length policy"):
+        engine.add([request(1, 200, Sampling(max_new_tokens=57))])
+
+
+def test_nothing_is_logged(
+    random_model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sampling = Sampling(max_new_tokens=3, min_new_tokens=2, temperature=0.7, top_p=0.5, stop=["x"])
+    with caplog.at_level("WARNING"):
+        ask(random_model, tokenizer, random_prompts(3), sampling)
+    assert caplog.records == []
