@@ -146,7 +146,7 @@ def _outcome(as_json: bool) -> Iterator[None]:
     except (typer.Exit, BrokenPipeError):
         raise
     except Exception as error:  # noqa: BLE001 - the last line on stdout is a document whatever happens
-        traceback.print_exc()
+        sys.stderr.write(console.plain(traceback.format_exc()))
         said = f"{type(error).__name__}: {error}"
         _leave({"outcome": "crashed", "exit_code": EXIT_OUR_FAULT, "error": said}, as_json)
 

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import warnings
@@ -66,13 +67,22 @@ def _init(cluster: Cluster) -> None:
         cores = max(os.cpu_count() or 1, math.ceil(_replica_cpus(cluster) + LIGHT_TASK_CPUS))
         options |= {"num_cpus": cores, "include_dashboard": False}
     try:
+        if address:
+            _knock(address)
         with _quiet_start():
             ray.init(address or "local", **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ClusterError(
             f"no Ray cluster answers at {address or 'this machine'}: {error}",
             "check cluster.address, or leave it out to start Ray on this machine",
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Fail at once where nothing listens: ray.init itself tries for more than a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 @contextlib.contextmanager

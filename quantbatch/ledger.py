@@ -56,6 +56,9 @@ READS_AT_ONCE = 16
 ROWS_PER_GROUP = 65_536
 """Rows of one Parquet row group of the output: a chunk's few hundred would make slow files."""
 
+BYTES_PER_GROUP = 64 << 20
+"""And fewer where rows are large: a row group is in memory while a shard is published."""
+
 JOB = f"{PRIVATE}/job.json"
 SUMMARY = f"{PRIVATE}/summary.json"
 SUCCESS = "_SUCCESS"
@@ -190,7 +193,8 @@ def _grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     waiting: list[pa.Table] = []
     for table in tables:
         waiting.append(table)
-        if sum(t.num_rows for t in waiting) >= ROWS_PER_GROUP:
+        many = sum(t.num_rows for t in waiting) >= ROWS_PER_GROUP
+        if many or sum(t.nbytes for t in waiting) >= BYTES_PER_GROUP:
             yield pa.concat_tables(waiting)
             waiting = []
     if waiting:

@@ -7,9 +7,9 @@ Ray's processes; `cluster.py` is all that we ask of Ray itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Self
 
-import ray
 import ray.data
 
 from quantbatch import cluster, stages
@@ -23,7 +23,9 @@ from quantbatch.storage import probe, redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from concurrent.futures import Future
 
+    from quantbatch.ledger import Published
     from quantbatch.plan import Shard
     from quantbatch.progress import Progress
     from quantbatch.records import Receipt
@@ -33,6 +35,9 @@ MAX_INPUT_BLOCKS = 2000
 """Blocks in which Ray gets the chunk list. Each costs 1.7 ms before the first chunk runs
 (research/ray.md), so in a big job a block holds many chunks; the task that reads them hands them
 on one by one."""
+
+PUBLISHED_AT_ONCE = 2
+"""Shards that are published at the same time: one is read while the other is written."""
 
 
 def run(spec: JobSpec, *, extend: bool = False, progress: Progress | None = None) -> RunReport:
@@ -63,17 +68,16 @@ def run(spec: JobSpec, *, extend: bool = False, progress: Progress | None = None
     with cluster.connected(job.spec.cluster) as device:
         figures.cluster_s = figures.elapsed_s
         progress.started(device)
-        publisher = _Publisher(job)
-        for receipt in _receipts(job, device):
-            if receipt.fatal:
-                raise Stopped(receipt.failure, "once that is mended, the same command continues")
-            if receipt.failure:
-                job.unreadable[f"chunk {receipt.chunk}"] = receipt.failure
-                continue
-            figures.record(receipt)
-            publisher.publish(*job.ledger.record(receipt))
-            progress.committed(receipt, figures)
-        publisher.finish()
+        with _Publisher(job) as publisher:
+            for receipt in _receipts(job, device):
+                if receipt.fatal:
+                    raise Stopped(receipt.failure, "that mended, the same command continues")
+                if receipt.failure:
+                    job.unreadable[f"chunk {receipt.chunk}"] = receipt.failure
+                    continue
+                figures.record(receipt)
+                publisher.publish(*job.ledger.record(receipt))
+                progress.committed(receipt, figures)
     return _report(job, figures)
 
 
@@ -108,40 +112,42 @@ def _receipts(job: Job, device: str) -> Iterator[Receipt]:
 
 
 class _Publisher:
-    """Publishes whole shards in Ray's processes, so that a large one does not hold up the driver.
+    """Publishes whole shards in threads of the driver, while others are still being answered.
 
-    Begins with those that an earlier run left whole and unpublished.
+    Not in Ray's processes: one started for it at a job's end takes longer than the work, which is
+    copying. Memory is bounded by a row group for each thread.
     """
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._publish = ray.remote(num_cpus=0.25)(publish_shard)
-        self._under_way: list[ray.ObjectRef] = []
-        self.publish(*job.ledger.unpublished())
+        self._threads = ThreadPoolExecutor(PUBLISHED_AT_ONCE, "publish")
+        self._under_way: list[Future[Published]] = []
+
+    def __enter__(self) -> Self:
+        self.publish(*self._job.ledger.unpublished())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for what was begun; after an exception, only for what is being written now."""
+        self._threads.shutdown(wait=True, cancel_futures=kind is not None)
+        if kind is None:
+            self._note()
 
     def publish(self, *shards: Shard) -> None:
         """Begin to publish shards, and note which are done by now."""
-        job = self._job
+        ledger, target = self._job.ledger, self._job.target
         for shard in shards:
-            chunks = job.plan.chunks_of(shard)
+            chunks = self._job.plan.chunks_of(shard)
             self._under_way.append(
-                self._publish.remote(job.ledger.store, shard, chunks, job.target)
+                self._threads.submit(publish_shard, ledger.store, shard, chunks, target)
             )
-        self._note(timeout_s=0)
+        self._note()
 
-    def finish(self) -> None:
-        """Wait until all that was begun is published."""
-        while self._under_way:
-            self._note(timeout_s=1)
-
-    def _note(self, timeout_s: float) -> None:
-        if self._under_way:
-            done, self._under_way = ray.wait(
-                self._under_way, num_returns=len(self._under_way), timeout=timeout_s
-            )
-            with cluster.explained(self._job.spec):
-                for published in ray.get(done):
-                    self._job.ledger.record_published(published)
+    def _note(self) -> None:
+        done = [future for future in self._under_way if future.done()]
+        self._under_way = [future for future in self._under_way if future not in done]
+        for future in done:
+            self._job.ledger.record_published(future.result())
 
 
 def _report(job: Job, figures: RunFigures, *, nothing_to_do: bool = False) -> RunReport:

@@ -163,13 +163,18 @@ class Plan:
             yield Chunk(*at, tuple(pieces))
 
     def followed_by(self, later: Plan) -> Plan:
-        """Return this plan with a later generation after it."""
+        """Return this plan with a later generation after it.
+
+        A file that could not be read when this plan was made may have rows in the later one.
+        """
+        mended = later.known_files.keys()
+        still = {name: file for name, file in self.without_rows.items() if name not in mended}
         return Plan(
             self.root,
             self.schema,
             self.rows_per_chunk,
             pa.concat_tables([self.slices, later.slices]),
-            {**self.without_rows, **later.without_rows},
+            still | dict(later.without_rows),
         )
 
     def to_bytes(self) -> bytes:

@@ -26,7 +26,6 @@ from typing_extensions import override
 from quantbatch.errors import ModelError, RowError, SpecError
 from quantbatch.templates import RowTemplate, check_columns, missing_column
 from quantbatch.tokens import ControlTokens, Encoder, MarkedText
-from quantbatch.tokens import load_tokenizer as load_tokenizer  # stages and replica
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -42,7 +42,7 @@ MAX_PROMPT_CHARS = 20_000_000
 """Longest text that a template may build: twice the 10 MB row that has to reach the length policy.
 It takes 80 MB at most."""
 MAX_STEPS = 1_000_000
-"""Most steps of all loops for one row: about 0.2 s of empty ones."""
+"""Most steps of all loops for one row: about 0.3 s of empty ones."""
 MAX_RENDER_S = 10.0
 """Longest that one row may take. Generous: on a busy machine it must not hit honest rows."""
 

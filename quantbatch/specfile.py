@@ -7,6 +7,7 @@ key is refused, and so is one that grows by aliases beyond 10,000 values ("billi
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
@@ -22,7 +23,7 @@ from quantbatch.errors import JobError, SpecError
 from quantbatch.spec import JobSpec, Section
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from pydantic_core import ErrorDetails
 
@@ -71,15 +72,28 @@ def _compose(text: str, path: Path) -> yaml.Node:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        raise SpecError(JobError(f"{path}:{line}: not YAML: {error.problem}")) from None
+        raise _not_yaml(error, path) from None
     except yaml.YAMLError as error:
         raise SpecError(JobError(f"{path}: not YAML: {error}")) from None
+    except RecursionError:
+        raise SpecError(JobError(f"{path}: nested too deeply")) from None
     if not isinstance(node, yaml.MappingNode):
         hint = "quantbatch init writes a commented example"
         raise SpecError(JobError(f"{path}: a spec is a mapping of fields to values", hint))
     return node
+
+
+def _not_yaml(error: yaml.MarkedYAMLError, path: Path) -> SpecError:
+    mark = error.problem_mark or error.context_mark
+    problem = f"{path}:{mark.line + 1 if mark else 1}: not YAML: {error.problem}"
+    hints = {
+        "unhashable": 'a template needs quotes: "{{ text }}", or begins on a new line after a |',
+        "'\\t'": "indent with spaces, not with tabs",
+        "tag": "a spec holds texts, numbers, lists and mappings; leave out the !",
+        "mapping values": "a text with a colon and a space needs quotes",
+    }
+    hint = next((hints[word] for word in hints if word in str(error.problem)), "")
+    return SpecError(JobError(problem, hint))
 
 
 def _construct(node: yaml.Node, path: Path) -> dict[str, Any]:
@@ -91,10 +105,13 @@ def _construct(node: yaml.Node, path: Path) -> dict[str, Any]:
     try:
         # Aliases share their values; a round trip through JSON gives each place its own.
         built = yaml.SafeLoader("").construct_document(node)
-        document: dict[str, Any] = json.loads(json.dumps(built, default=str))
+        document: dict[str, Any] = json.loads(
+            json.dumps(built, default=str, ensure_ascii=False).encode()
+        )
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise SpecError(JobError(f"{path}:{line}: {error.problem}")) from None
+        raise _not_yaml(error, path) from None
+    except (RecursionError, ValueError) as error:
+        raise SpecError(JobError(f"{path}: not YAML: {error}")) from None
     return document
 
 
@@ -156,32 +173,61 @@ def _problems(
 ) -> list[JobError]:
     by_place: dict[Location, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
-        by_place.setdefault(_place(detail["loc"], document), []).append(detail)
+        by_place.setdefault(_place(detail, document), []).append(detail)
     found = []
     for place, details in sorted(by_place.items(), key=lambda item: _line(node, item[0])):
-        where = _origin(place, origins) or f"{path}:{_line(node, place)}"
-        found.append(_problem(place, details, where))
+        where = _origin(place, node, origins) or f"{path}:{_line(node, place)}"
+        if telling := _telling(place, details, by_place):
+            found.append(_problem(place, telling, where, document))
     return found
 
 
-def _place(loc: Location, document: Any) -> Location:  # noqa: ANN401 - parsed YAML
+def _telling(
+    place: Location, details: list[ErrorDetails], places: Iterable[Location]
+) -> list[ErrorDetails]:
+    """Leave out what only says that a value is not of the kind of some other member of a union."""
+    of_another_kind = [d for d in details if d["type"].endswith("_type")]
+    vague = [*of_another_kind, *(d for d in details if d["type"] == "literal_error")]
+    if any(place == other[: len(place)] != other for other in places):
+        return [detail for detail in details if detail not in vague]
+    if len(vague) < len(details):
+        return [detail for detail in details if detail not in of_another_kind]
+    return details
+
+
+def _place(detail: ErrorDetails, document: Any) -> Location:  # noqa: ANN401 - parsed YAML
     """Drop from pydantic's location what it adds for the members of a union."""
     place: list[str | int] = []
     inner = document
-    for depth, part in enumerate(loc):
+    last = len(detail["loc"]) - 1
+    for depth, part in enumerate(detail["loc"]):
         if isinstance(inner, dict) and part in inner:
             inner = inner[part]
         elif isinstance(inner, list) and isinstance(part, int):
             inner = inner[int(part)]
-        elif depth < len(loc) - 1 or not isinstance(inner, dict):
+        elif depth < last or detail["type"] != "missing":
             continue
         place.append(part)
     return tuple(place)
 
 
-def _origin(place: Location, origins: dict[Location, str]) -> str | None:
+def _origin(place: Location, node: yaml.Node, origins: dict[Location, str]) -> str | None:
+    """Return the override that a place comes from; one may have made the sections around it."""
     texts = tuple(str(part) for part in place)
-    return next((said for at, said in origins.items() if at == texts[: len(at)]), None)
+    for at, said in origins.items():
+        made = bool(texts) and at[: len(texts)] == texts and not _has(node, place)
+        if made or at == texts[: len(at)]:
+            return said
+    return None
+
+
+def _has(node: yaml.Node, place: Location) -> bool:
+    for part in place:
+        inner = dict(_children(node)).get(part)
+        if inner is None:
+            return False
+        node = inner
+    return True
 
 
 def _line(node: yaml.Node, place: Location) -> int:
@@ -199,66 +245,111 @@ def _line(node: yaml.Node, place: Location) -> int:
     return line + 1
 
 
-def _problem(place: Location, details: list[ErrorDetails], where: str) -> JobError:
+def _problem(
+    place: Location, details: list[ErrorDetails], where: str, document: dict[str, Any]
+) -> JobError:
     name = ".".join(str(part) for part in place)
     first = details[0]
     match first["type"]:
         case "extra_forbidden":
-            return JobError(f"{where}: there is no field {name}", _suggestion(place))
+            return JobError(f"{where}: there is no field {name}", _suggestion(place, document))
         case "missing":
-            return JobError(f"{where}: {name} is missing", _description(place))
+            return JobError(f"{where}: {name} is missing", _description(place, document))
         case "value_error":
             said = str(first["msg"]).removeprefix("Value error, ")
             return JobError(f"{where}: {name}: {said}" if name else f"{where}: {said}")
-        case "union_tag_not_found" | "union_tag_invalid":
-            expected = first.get("ctx", {}).get("expected_tags", "")
-            return JobError(
-                f"{where}: {name}.kind is not one of {expected}"
-                if expected
-                else f"{where}: {name} needs a field kind"
-            )
+        case "union_tag_not_found":
+            return JobError(f"{where}: {name}.kind is missing", f"it is {_either(_kinds(place))}")
+        case "union_tag_invalid":
+            kind, kinds = str(first.get("ctx", {}).get("tag")), _kinds(place)
+            near = _nearest(kind, kinds)
+            problem = f"{where}: {name}.kind: {json.dumps(kind)}: should be {_either(kinds)}"
+            return JobError(problem, f"did you mean {near}?" if near else "")
         case _:
             pass
     said = " or ".join(dict.fromkeys(_said(str(detail["msg"])) for detail in details))
     value = json.dumps(first["input"], default=str)[:80]
-    return JobError(f"{where}: {name}: {value}: {said}", _description(place))
+    problem = f"{where}: {name}: {value}: {said.replace(' or should be ', ' or ')}"
+    return JobError(problem, _quotes(first) or _description(place, document))
 
 
 def _said(message: str) -> str:
     """Put pydantic's words for Python types in those of YAML."""
-    message = re.sub(r"^(Input|String) should", "should", message)
-    return re.sub(r"a valid dictionary or instance of \w+", "a mapping", message)
+    message = re.sub(r"^(Input|String|List) should", "should", message)
+    message = message.removesuffix(" after validation, not 0")
+    return re.sub(r"a valid dictionary or (instance of \w+|object.*)", "a mapping", message)
 
 
-def _suggestion(place: Location) -> str:
+def _quotes(detail: ErrorDetails) -> str:
+    """Say where quotes are wanting or too many: YAML takes `1e-3` for text and `no` for false."""
+    value = detail["input"]
+    if detail["type"] == "string_type" and isinstance(value, bool | int | float):
+        return f"YAML reads this as {json.dumps(value)}: put quotes around it"
+    if detail["type"] in ("float_type", "int_type") and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return f"YAML reads this as text: write {float(value):.16g} without quotes"
+    return ""
+
+
+def _suggestion(place: Location, document: dict[str, Any]) -> str:
     """Say which field was meant: the nearest name here, or the section that has this one."""
     *outer, name = [str(part) for part in place]
-    here = [field for section in _sections(outer) for field in section.model_fields]
-    near = _nearest(name, here)
+    here = dict.fromkeys(f for s in _sections(outer, document) for f in s.model_fields)
+    near = _nearest(name, [*here])
     if near:
         return f"did you mean {'.'.join([*outer, near])}?"
     fields = dict.fromkeys(_every_field(JobSpec, ""))
     elsewhere = [dotted for dotted in fields if dotted.split(".")[-1] == name]
+    if ".".join([*outer, name]) in elsewhere:
+        return f"another kind of {'.'.join(outer)} has it; this one has {', '.join(here)}"
     if elsewhere:
-        return f"did you mean {' or '.join(elsewhere)}?"
+        return f"did you mean {_either(elsewhere)}?"
     return f"the fields of {'.'.join(outer) or 'a job'} are {', '.join(here)}" if here else ""
 
 
-def _description(place: Location) -> str:
+def _description(place: Location, document: dict[str, Any]) -> str:
+    """Return what the spec says of a field, or of the section that it holds."""
     *outer, name = [str(part) for part in place] or [""]
-    for section in _sections(outer):
+    for section in _sections(outer, document):
         if name in section.model_fields:
-            return " ".join((section.model_fields[name].description or "").split())
+            info = section.model_fields[name]
+            inner = next(_sections_in(info.annotation), None)
+            said = info.description or (inner.__doc__ if inner else "")
+            return " ".join((said or "").split())
     return ""
 
 
-def _sections(place: Sequence[str]) -> list[type[Section]]:
-    """Return the section or, for a union, the sections that a dotted place can hold."""
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _kinds(place: Location) -> list[str]:
+    """Return the kinds of section that a place can hold."""
+    sections = _sections([str(part) for part in place], {})
+    return [kind for section in sections for kind in _kinds_of(section)]
+
+
+def _kinds_of(section: type[Section]) -> tuple[str, ...]:
+    kind = section.model_fields.get("kind")
+    return typing.get_args(kind.annotation) if kind else ()
+
+
+def _sections(place: Sequence[str], document: Any) -> list[type[Section]]:  # noqa: ANN401 - parsed YAML
+    """Return the section or, for a union, the sections that a dotted place can hold.
+
+    Args:
+        place: Names of fields.
+        document: Tells which section of a union is meant, where it names a kind.
+    """
     sections: list[type[Section]] = [JobSpec]
+    inner = document
     for part in place:
-        annotations = [s.model_fields[part].annotation for s in sections if part in s.model_fields]
+        inner = inner.get(part) if isinstance(inner, dict) else None
         if not part.isdigit():
-            sections = [found for a in annotations for found in _sections_in(a)]
+            fields = [s.model_fields[part] for s in sections if part in s.model_fields]
+            sections = [found for info in fields for found in _sections_in(info.annotation)]
+        kind = inner.get("kind") if isinstance(inner, dict) else None
+        sections = [s for s in sections if kind in _kinds_of(s)] or sections
     return sections
 
 

@@ -160,10 +160,7 @@ class LocalStore:
     def info(self, key: str) -> FileInfo:
         """See `Store`."""
         with _explained(self.uri):
-            path = self._path(key)
-            if path.is_dir():
-                raise FileNotFoundError(f"{path} is a folder")
-            return _local_info(key, path.stat())
+            return _local_info(key, self._path(key).stat())
 
     def list(self, prefix: str = "") -> Iterator[FileInfo]:
         """See `Store`."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+import json
 import os
 import re
 from pathlib import Path
@@ -34,6 +35,8 @@ Conversation = list[dict[str, Any]]
 TextOrChat = TypeVar("TextOrChat", str, Conversation)
 TooLong = Literal["error", "truncate_left", "truncate_right"]
 
+_GENERAL = "TokenizersBackend"
+"""The class that transformers 5 writes into a folder whose tokenizer needs no class of its own."""
 CHARS_PER_TOKEN = 16
 """Texts with fewer characters than this for each token of the limit are tokenized whole. English
 has 4; the longest runs of spaces in common vocabularies have 16 to 128."""
@@ -56,15 +59,13 @@ class MarkedText(NamedTuple):
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, once in a process; never runs code from its folder.
 
-    The first call takes 3.5 s and 340 MB, because AutoTokenizer imports torch to read config.json.
-    Where that matters, load it once and send it to others by pickle: they need 0.8 s, 60 MB and no
-    torch (measured with transformers 5.23).
+    The first call takes 3.7 s of CPU and 340 MB, because AutoTokenizer imports torch to read
+    config.json. Where that matters, load it once and send it to others by pickle: they need 0.9 s,
+    60 MB and no torch (measured with transformers 5.23).
 
     Raises:
         ModelError: The files are missing or broken, or it needs code of its own.
     """
-    from transformers import AutoTokenizer
-
     if not (folder / "tokenizer.json").is_file():
         # Without it, transformers 5.23 makes a Llama or Qwen2 tokenizer of three words or one.
         raise ModelError(
@@ -72,7 +73,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "save it once with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = _tokenizer_class(folder).from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # tokenizers' Rust part raises plain Exception
@@ -81,6 +82,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         name = type(tokenizer).__name__
         raise ModelError(f"{folder}: a tokenizer of the type {name} can't be used")
     return tokenizer
+
+
+def _tokenizer_class(folder: Path) -> Any:  # noqa: ANN401 - classes of transformers
+    """Return the class to load with: AutoTokenizer, unless the folder says what that would choose."""
+    config = folder / "tokenizer_config.json"
+    if config.is_file() and json.loads(config.read_bytes()).get("tokenizer_class") == _GENERAL:
+        from transformers import TokenizersBackend
+
+        return TokenizersBackend
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _cannot_load(folder: Path, error: Exception) -> ModelError:

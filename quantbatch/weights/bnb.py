@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import bitsandbytes
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 hf: Any = transformers
 
 BFLOAT16_CPU_FLAGS = ("avx512_bf16", "amx_bf16")
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
 class LoadedModel(NamedTuple):
@@ -69,18 +71,18 @@ def load(checkpoint: Checkpoint, model: Model, device: str) -> LoadedModel:
 def resolve(checkpoint: Checkpoint, model: Model, device: str) -> Model:
     """Return the model's section with its types chosen for a device.
 
-    A checkpoint in bfloat16 is loaded as float16 on a card without bfloat16 (before Ampere), and
-    as float32 on a CPU without it, where bfloat16 is 4 times slower than float32 (measured).
+    A checkpoint in bfloat16 is loaded as float16 on a card without bfloat16 (before Ampere). On a
+    CPU, 16 bits are kept only where it multiplies bfloat16 itself: elsewhere bfloat16 is 4 times
+    slower than float32 (measured).
     """
     model = model.resolved()
-    dtype, fast = weight_dtype(checkpoint, model), _fast_dtype(device)
-    if model.dtype == "auto" and dtype not in ("float32", fast):
-        # A card multiplies in float16 as fast as in bfloat16; a CPU does not have it.
-        dtype = dtype if device != "cpu" and dtype == "float16" else fast
+    own, fast = weight_dtype(checkpoint, model), _fast_dtype(device)
+    if model.dtype == "auto" and own not in ("float32", fast):
+        own = "float32" if device == "cpu" else "float16"
     quantization = model.quantization
     if isinstance(quantization, FourBit) and quantization.compute_dtype == "auto":
         quantization = quantization.model_copy(update={"compute_dtype": fast})
-    return model.model_copy(update={"dtype": dtype, "quantization": quantization})
+    return model.model_copy(update={"dtype": own, "quantization": quantization})
 
 
 def _fast_dtype(device: str) -> DType:
@@ -111,7 +113,7 @@ def _from_pretrained(checkpoint: Checkpoint, model: Model, device: str) -> PreTr
             )
     except torch.OutOfMemoryError as error:
         raise _does_not_fit(checkpoint, device, error) from error
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except LOADING_ERRORS as error:
         if "can't allocate memory" in str(error):
             raise _does_not_fit(checkpoint, device, error) from error
         raise ModelError(

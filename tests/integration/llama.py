@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 hf: Any = transformers
 
+# On tensors this small, threads only wait for each other, on a busy machine for seconds.
+torch.set_num_threads(1)
+
 
 def make_llama(
     folder: Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -174,6 +175,9 @@ def test_types_are_chosen_for_the_cpu(untied: Path, monkeypatch: pytest.MonkeyPa
     assert types({"avx2": True, "avx512_bf16": False}) == ("float32", "float32")
     assert types({"avx2": True}, dtype="bfloat16") == ("bfloat16", "float32")
     assert types({"avx512_bf16": True}, dtype="float32") == ("float32", "bfloat16")
+    config = checkpoint.config | {"dtype": "float16"}
+    checkpoint = dataclasses.replace(checkpoint, config=config)
+    assert types({"avx512_bf16": True}) == ("float32", "bfloat16")
     asked = FourBit(compute_dtype="float16")
     assert types({}, bits=None, quantization=asked) == ("float32", "float16")
 
@@ -249,6 +253,14 @@ def test_pickles_are_not_read_even_if_they_come_later(untied: Path) -> None:
     torch.save(tensors, untied / "pytorch_model.bin")
     with pytest.raises(ModelError, match="can't be loaded: OSError"):
         load(checkpoint, model, "cpu")
+
+
+def test_a_tampered_header_that_looks_whole_is_refused_by_the_library(untied: Path) -> None:
+    file = untied / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"dtype":"BF16"', b'"dtype":"XF16"', 1))
+    with pytest.raises(ModelError, match=r"can't be loaded: SafetensorError"):
+        loaded(untied)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,530 @@
+"""The command line: what it prints where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+import quantbatch
+from quantbatch.cli import app
+from quantbatch.console import one_line, plain, size
+from quantbatch.errors import InputError, JobError, Refused, Stopped
+from quantbatch.ledger import commit_chunk, publish_shard
+from quantbatch.listing import list_input
+from quantbatch.preflight import Job, prepare
+from quantbatch.records import Completion, Counts, FinishReason, ReplicaStats, RequestId
+from quantbatch.report import Outcome, RunFigures, RunReport
+from quantbatch.rows import ChunkFacts, answered, rendered, row_ids, with_facts
+from quantbatch.sources import read_slice
+from quantbatch.specfile import load_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from typer.testing import Result
+
+    from quantbatch.spec import JobSpec
+
+REPOSITORY = Path(__file__).parents[2]
+MODEL = REPOSITORY / "configs" / "quickstart" / "model"
+SPEC = f"""\
+name: test
+input: {{uri: in, rows_per_chunk: 4}}
+model: {{id: {MODEL}, bits: 4}}
+prompt: {{template: "{{{{ text }}}}"}}
+sampling: {{max_new_tokens: 8}}
+engine: {{kind: echo}}
+output: {{uri: out, rows_per_part: 8}}
+"""
+EVIL = "\x1b]0;owned\x07 \u202etxt \x9b2J"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with job.yaml and an input of 12 rows; the last two rows are bad."""
+    (tmp_path / "in").mkdir()
+    texts = [*(f"text {row}" for row in range(10)), None, EVIL]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "in" / "a.parquet")
+    (tmp_path / "job.yaml").write_text(SPEC)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*args: str) -> Result:
+    return CliRunner().invoke(app, args)
+
+
+def document(result: Result) -> dict[str, Any]:
+    """Return the JSON document in the last line of stdout."""
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    assert found["exit_code"] == result.exit_code
+    return found
+
+
+def answer(spec: JobSpec, chunks: slice) -> Job:
+    """Answer some chunks of a job as the pipeline would."""
+    job = prepare(spec)
+    if job.new_generation:
+        job.ledger.freeze(job.new_generation)
+    for chunk in list(job.ledger.undone())[chunks]:
+        (piece,) = chunk.slices
+        store = list_input(spec.input).store
+        table = read_slice(store, piece, spec.input, job.plan.schema).table
+        prompts = pa.array([[1]] * chunk.rows, pa.list_(pa.int32()))
+        rows = with_facts(
+            rendered(table.select(job.kept), row_ids(chunk), prompts, {}),
+            ChunkFacts(chunk.shard, chunk.rows),
+        )
+        done = [
+            Completion(RequestId(chunk.id, row), "yes", (5, 6), FinishReason.STOP)
+            for row in range(chunk.rows)
+        ]
+        receipt = commit_chunk(job.ledger.store, chunk.id, answered(rows, done), job.target)
+        for shard in job.ledger.record(receipt):
+            published = publish_shard(
+                job.ledger.store, shard, job.plan.chunks_of(shard), job.target
+            )
+            job.ledger.record_published(published)
+    if job.ledger.finished:
+        job.ledger.succeed()
+    return job
+
+
+# ---- what is printed
+
+
+def test_control_characters_never_reach_the_terminal() -> None:
+    assert plain(EVIL) == r"\x1b]0;owned\x07 \u202etxt \x9b2J"
+    assert plain("tab\tline\nümlaut 漢字 👍") == "tab\tline\nümlaut 漢字 👍"
+    assert plain("half \ud800") == "half \\ud800"
+    assert one_line("a\nb\t" + "x" * 300, 10) == "a\\nb\\tx..."
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (2048, "2.00 KiB"), (2**20, "1.00 MiB"), (2**40, "1,024.00 GiB")],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+def test_help_names_the_commands_and_exit_codes() -> None:
+    result = call("--help")
+    assert result.exit_code == 0
+    for word in ("run", "plan", "validate", "sample", "status", "verify", "schema", "init", "75"):
+        assert word in result.stdout
+
+
+def test_version() -> None:
+    assert call("--version").stdout == f"quantbatch {quantbatch.__version__}\n"
+
+
+# ---- plan
+
+
+def test_plan_tells_what_would_be_done_and_writes_nothing(folder: Path) -> None:
+    (folder / "in" / "broken.parquet").write_bytes(b"PAR1 no")
+    result = call("plan", "job.yaml")
+    assert result.exit_code == 0
+    lines = {line.split("  ")[0]: line for line in result.stdout.splitlines()}
+    assert "12 rows in 2 files" in lines["input"]
+    assert "broken.parquet: can't be read" in lines["unreadable"]
+    assert "3 chunks of up to 4 rows -> 2 files" in lines["work"]
+    assert "nothing: the output is new" in lines["done"]
+    assert "4 bits (nf4, double quantization)" in lines["model"]
+    assert "at most 504 tokens" in lines["prompt"]
+    assert "text string, row_id string, status string" in lines["columns"]
+    assert not (folder / "out").exists()
+
+
+def test_plan_gives_a_verdict_on_memory(folder: Path) -> None:
+    static = ("--set", "engine.kind=static")
+    memory = document(call("plan", "job.yaml", "--json", *static))["memory"]
+    assert memory["fits"] is None
+    card = ("--set", "cluster.gpu_memory_gib=22")
+    memory = document(call("plan", "job.yaml", "--json", *static, *card))["memory"]
+    assert memory["fits"] is True
+    assert memory["total_bytes"] == sum(
+        memory[f"{name}_bytes"] for name in ("weights", "kv", "workspace", "overhead", "reserve")
+    )
+    assert "fits the 22.00 GiB" in call("plan", "job.yaml", *static, *card).stdout
+    result = call("plan", "job.yaml", "--json", *static, "--set", "cluster.gpu_memory_gib=0.1")
+    assert document(result)["outcome"] == "does_not_fit"
+    assert result.exit_code == 3
+    assert "does not fit" in result.stderr
+
+
+def test_plan_tells_what_is_done(folder: Path) -> None:
+    answer(load_spec("job.yaml"), slice(2))
+    found = document(call("plan", "job.yaml", "--json"))
+    assert found["outcome"] == "planned"
+    assert found["done"] == {"rows": 8, "chunks": 2, "files": 1}
+    assert "8 of 12 rows, 1 files published" in call("plan", "job.yaml").stdout
+    answer(load_spec("job.yaml"), slice(None))
+    assert document(call("plan", "job.yaml", "--json"))["outcome"] == "nothing_to_do"
+
+
+def test_plan_tells_of_new_files(folder: Path) -> None:
+    answer(load_spec("job.yaml"), slice(None))
+    pq.write_table(pa.table({"text": ["new"]}), folder / "in" / "b.parquet")
+    refused = call("plan", "job.yaml")
+    assert refused.exit_code == 3
+    assert "--extend" in refused.stderr
+    found = document(call("plan", "job.yaml", "--json", "--extend"))
+    assert (found["outcome"], found["input"]["new_files"]) == ("planned", 1)
+
+
+# ---- errors
+
+
+def test_each_problem_is_an_error_with_its_hint_on_stderr(folder: Path) -> None:
+    (folder / "job.yaml").write_text(SPEC.replace("bits: 4", "bit: 4") + "temperature: 0\n")
+    result = call("plan", "job.yaml")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "error: job.yaml:3: there is no field model.bit",
+        "  hint: did you mean model.bits?",
+        "error: job.yaml:8: there is no field temperature",
+        "  hint: did you mean sampling.temperature?",
+    ]
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "validate", "sample", "status", "verify"])
+def test_a_failure_is_a_document_too(folder: Path, command: str) -> None:
+    result = call(command, "nothing.yaml", "--json")
+    found = document(result)
+    assert (found["outcome"], result.exit_code) == ("spec_error", 2)
+    assert found["error"] == "nothing.yaml: No such file or directory"
+    assert found["problems"] == [{"error": found["error"], "hint": found["hint"]}]
+
+
+def test_a_name_in_a_message_can_do_no_harm(folder: Path) -> None:
+    result = call("status", f"out{EVIL}")
+    assert result.exit_code == 2
+    assert "\x1b" not in result.stderr
+    assert r"\x1b]0;owned" in result.stderr
+
+
+# ---- run, with another pipeline in place of Ray's
+
+
+def use_pipeline(monkeypatch: pytest.MonkeyPatch, result: RunReport | BaseException) -> list[Any]:
+    """Have `quantbatch.pipeline.run` return or raise something; return what it is called with."""
+    calls: list[Any] = []
+
+    def run(spec: JobSpec, *, extend: bool, progress: object) -> RunReport:
+        calls.append((spec, extend, progress))
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    pipeline = SimpleNamespace(run=run)
+    monkeypatch.setitem(sys.modules, "quantbatch.pipeline", pipeline)
+    monkeypatch.setattr(quantbatch, "pipeline", pipeline, raising=False)
+    return calls
+
+
+def make_report(
+    outcome: Outcome = Outcome.DONE, unreadable: dict[str, str] | None = None
+) -> RunReport:
+    run = RunFigures(
+        counts=Counts(ok=90, error=10, prompt_tokens=5000, completion_tokens=800),
+        plan_s=0.5,
+        cluster_s=3.5,
+        first_commit_s=13.5,
+        last_commit_s=23.5,
+        total_s=24.0,
+        replicas={"a": ReplicaStats("a", "cuda", 8.0, 2**30, 2**29)},
+    )
+    return RunReport(
+        name="test",
+        outcome=outcome,
+        output="/tmp/out",
+        counts=Counts(ok=1090, error=10, prompt_tokens=50000, completion_tokens=8000),
+        parts=2,
+        unreadable=unreadable or {},
+        run=run,
+    )
+
+
+def test_run_ends_with_a_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = use_pipeline(monkeypatch, make_report())
+    result = call("run", "job.yaml", "--set", "model.bits=8", "--extend")
+    assert result.exit_code == 0
+    ((spec, extend, _),) = calls
+    assert (spec.model.bits, extend) == (8, True)
+    for line in (
+        "test: done",
+        "  ok         1,090  99.09%",
+        "  error         10   0.91%",
+        "tokens       50,000 read, 8,000 generated",
+        "this run     100 rows in 24.0 s",
+        "speed        5.0 rows/s, 40.0 tokens/s",
+        "peak memory  1.00 GiB planned, 512.00 MiB measured, for each of 1 replicas",
+        "first rows   after 13.5 s: plan 0.5, cluster 3.0, model 8.0, first chunk 2.0",
+        "output       /tmp/out (2 files)",
+        "  quantbatch verify job.yaml --set model.bits=8  prove that each row is answered once",
+    ):
+        assert line in result.stdout.splitlines()
+
+
+def test_run_ends_with_one_document(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_pipeline(monkeypatch, make_report())
+    result = call("run", "job.yaml", "--json")
+    assert document(result) == make_report().to_json()
+    assert len(result.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "outcome", "said"),
+    [
+        (make_report(Outcome.TOO_MANY_ERRORS), 1, "too_many_errors", ""),
+        (make_report(Outcome.INPUT_UNREADABLE, unreadable={"a": "why"}), 1, "input_unreadable", ""),
+        (InputError("no rows", "add some"), 2, "input_error", "error: no rows\n  hint: add some\n"),
+        (Refused("changed", "undo"), 3, "refused", "error: changed\n  hint: undo\n"),
+        (Stopped("by SIGTERM", "again"), 75, "stopped", "error: by SIGTERM\n  hint: again\n"),
+        (KeyboardInterrupt(), 130, "interrupted", "interrupted; the same command continues"),
+        (ZeroDivisionError("ours \x1b"), 70, "crashed", "ZeroDivisionError: ours \\x1b"),
+    ],
+)
+def test_how_a_run_ends(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ending: RunReport | BaseException,
+    code: int,
+    outcome: str,
+    said: str,
+) -> None:
+    use_pipeline(monkeypatch, ending)
+    result = call("run", "job.yaml", "--json")
+    assert result.exit_code == code
+    assert document(result)["outcome"] == outcome
+    assert said in result.stderr
+    assert ("Traceback" in result.stderr) == (outcome == "crashed")
+    assert call("run", "job.yaml").exit_code == code
+
+
+def test_files_that_can_not_be_read_are_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unreadable = {f"{n}.parquet": "no" for n in range(12)} | {"a.csv": "a.csv: is empty"}
+    use_pipeline(monkeypatch, make_report(Outcome.INPUT_UNREADABLE, unreadable=unreadable))
+    shown = call("run", "job.yaml").stdout
+    assert "0.parquet: no" in shown
+    assert "and 3 more" in shown
+    assert "quantbatch run job.yaml --extend" in shown
+
+
+# ---- validate, sample
+
+
+def test_validate_prints_the_resolved_spec(folder: Path) -> None:
+    result = call("validate", "job.yaml")
+    assert result.exit_code == 0
+    assert "kind: nf4" in result.stdout
+    assert result.stdout.splitlines()[-1] == "ok"
+    found = document(call("validate", "job.yaml", "--json"))
+    assert found["spec"]["model"]["quantization"]["double_quant"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("prompt.template={{ txet }}", "txet"),
+        ("prompt.template={{ text", "prompt.template"),
+        ("model.id=nowhere/at/all", "nowhere/at/all"),
+        ("input.uri=nothing", "nothing: not found"),
+        ("input.key=id", "id"),
+        ("output.keep=[label]", "label"),
+        ("output.uri=in/out", "in/out lies in the input"),
+        ("sampling.max_new_tokens=512", "leaves no room"),
+    ],
+)
+def test_validate_refuses_what_could_not_run(folder: Path, change: str, said: str) -> None:
+    result = call("validate", "job.yaml", "--set", change)
+    assert result.exit_code in (2, 3)
+    assert said in result.stderr
+
+
+def test_validate_warns_of_rows_that_can_not_be_read(folder: Path) -> None:
+    (folder / "in" / "a.parquet").unlink()
+    (folder / "in" / "a.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    result = call("validate", "job.yaml")
+    assert result.exit_code == 0
+    assert "warning: a.jsonl:1 will be an error row: line 2 of a.jsonl" in result.stderr
+
+
+def test_sample_shows_prompts_and_answers(folder: Path) -> None:
+    result = call("sample", "job.yaml", "-n", "12")
+    assert result.exit_code == 0
+    assert "a.parquet:0: " in result.stdout
+    assert "<|user|>text 0<|end|><|assistant|>" in result.stdout
+    assert "a.parquet:10: error row" in result.stdout
+    assert "null_prompt: " in result.stdout
+    assert "-> 8 tokens, stop" in result.stdout
+    assert "\x1b" not in result.stdout
+    assert r"\x1b]0;owned" in result.stdout
+    assert not (folder / "out").exists()
+
+
+def test_sample_without_answers(folder: Path) -> None:
+    found = document(call("sample", "job.yaml", "-n", "3", "--no-run", "--json"))
+    assert [row["row_id"] for row in found["rows"]] == [f"a.parquet:{row}" for row in range(3)]
+    assert all(row["completion"] is None and row["prompt_tokens"] > 3 for row in found["rows"])
+
+
+# ---- status, verify
+
+
+def test_status_of_a_job_by_its_spec_and_by_its_output(folder: Path) -> None:
+    assert "no job has begun here" in call("status", "job.yaml").stderr
+    answer(load_spec("job.yaml"), slice(2))
+    found = document(call("status", "job.yaml", "--json"))
+    assert found == document(call("status", "out", "--json"))
+    assert found["outcome"] == "unfinished"
+    assert (found["rows_done"], found["rows"]) == (8, 12)
+    assert (found["chunks_done"], found["chunks"]) == (2, 3)
+    assert (found["files_done"], found["files"]) == (1, 2)
+    assert found["counts"]["ok"] == 8
+    assert found["last_run"] is None
+    shown = call("status", "out").stdout
+    assert "not finished" in shown
+    assert "8 of 12 (66.7%)" in shown
+
+
+def test_status_needs_neither_model_nor_input(folder: Path) -> None:
+    job = answer(load_spec("job.yaml"), slice(None))
+    job.ledger.summarize(make_report().to_json())
+    (folder / "in" / "a.parquet").unlink()
+    (folder / "job.yaml").write_text(SPEC.replace(str(MODEL), "gone"))
+    result = call("status", "job.yaml")
+    assert result.exit_code == 0
+    assert "state      finished" in result.stdout
+    assert "last run   done, 100 rows, 5.0 rows/s" in result.stdout
+
+
+def test_status_of_records_that_another_version_wrote(folder: Path) -> None:
+    answer(load_spec("job.yaml"), slice(0))
+    path = folder / "out" / "_quantbatch" / "job.json"
+    record = json.loads(path.read_text())
+    record["spec"]["gone"] = 1
+    path.write_text(json.dumps(record))
+    result = call("status", "out")
+    assert result.exit_code == 3
+    assert "written by quantbatch" in result.stderr
+
+
+def test_verify(folder: Path) -> None:
+    assert call("verify", "job.yaml").exit_code == 2
+    spec = load_spec("job.yaml")
+    answer(spec, slice(2))
+    result = call("verify", "job.yaml")
+    assert result.exit_code == 75
+    assert "4 rows are not published yet" in result.stdout
+    answer(spec, slice(None))
+    result = call("verify", "job.yaml")
+    assert result.exit_code == 0
+    assert "proven" in result.stdout
+    (folder / "out" / "part-000001.parquet").unlink()
+    result = call("verify", "job.yaml")
+    assert result.exit_code == 1
+    assert "4 rows that are missing" in result.stdout
+    assert document(call("verify", "job.yaml", "--json"))["outcome"] == "problems"
+
+
+# ---- schema, init
+
+
+def test_schema_is_the_kept_file() -> None:
+    kept = REPOSITORY / "configs" / "quantbatch.schema.json"
+    assert call("schema").stdout == kept.read_text(), "run `make docs`"
+
+
+def test_init_writes_a_spec_that_is_right_and_never_overwrites(folder: Path) -> None:
+    result = call("init", "new.yaml")
+    assert result.exit_code == 0
+    spec = load_spec("new.yaml")
+    assert spec.model.bits == 4
+    first = Path("new.yaml").read_text().splitlines()[0]
+    assert first == "# yaml-language-server: $schema=quantbatch.schema.json"
+    assert Path("quantbatch.schema.json").is_file()
+    Path("new.yaml").write_text("mine")
+    result = call("init", "new.yaml")
+    assert result.exit_code == 3
+    assert Path("new.yaml").read_text() == "mine"
+    assert call("init", "no/such/folder/new.yaml").exit_code == 3
+
+
+def test_the_starter_names_every_section_and_shows_true_defaults(folder: Path) -> None:
+    import yaml
+
+    call("init", "new.yaml")
+    text = Path("new.yaml").read_text()
+    starter = yaml.safe_load(text)
+    assert set(starter) == {
+        "name", "input", "model", "prompt", "sampling", "engine", "cluster", "output", "limits"
+    }  # fmt: skip
+    spec = load_spec("new.yaml")
+    for line in ("temperature: 0.0", "max_error_rate: 0.01", "replicas: 1"):
+        assert line in text
+    defaults = load_spec("job.yaml")
+    assert spec.sampling.temperature == defaults.sampling.temperature
+    assert spec.limits == defaults.limits
+    assert spec.cluster.replicas == defaults.cluster.replicas
+
+
+# ---- the process
+
+
+def test_plan_imports_nothing_heavy(folder: Path) -> None:
+    script = (
+        "import sys\n"
+        "from quantbatch.cli import main\n"
+        "try:\n"
+        "    main(['plan', 'job.yaml', '--set', 'engine.kind=static'])\n"
+        "except SystemExit as leaving:\n"
+        "    heavy = {'torch', 'transformers', 'ray', 'bitsandbytes', 's3fs', 'pandas'}\n"
+        "    print(leaving.code, sorted(heavy & set(sys.modules)))\n"
+    )
+    result = run_python("-c", script)
+    assert result.stdout.splitlines()[-1] == "0 []", result.stderr
+
+
+def test_help_is_quick() -> None:
+    """It takes 0.3 s; the bound leaves room for a busy machine, not for importing torch."""
+    began = time.monotonic()
+    result = run_python("-c", "from quantbatch.cli import main; main(['--help'])")
+    assert result.returncode == 0
+    assert time.monotonic() - began < 5
+
+
+def test_odd_names_do_not_break_the_output(folder: Path) -> None:
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    script = "from quantbatch.cli import main; main(['status', 'ümlaut-\\udcff'])"
+    result = run_python("-c", script, env=env)
+    assert result.returncode == 2
+    assert "\\xfcmlaut-\\udcff: no job has begun here" in result.stderr
+
+
+def run_python(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command: Sequence[str] = [sys.executable, *args]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
+
+
+def test_every_job_error_has_an_exit_code_of_the_help() -> None:
+    codes = {error.exit_code for error in JobError.__subclasses__()}
+    shown = call("--help").stdout
+    assert codes == {2, 3, 75}
+    assert all(f"{code} " in shown for code in codes)
