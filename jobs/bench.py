@@ -32,6 +32,7 @@ from quantbatch.preflight import prepare
 from quantbatch.spec import JobSpec
 
 MODEL = Path(__file__).parents[1] / "configs" / "quickstart" / "model"
+COMMAND = str(Path(sys.executable).with_name("quantbatch"))
 WORDS = "the batch reads every row of a table once and writes one answer for each of them".split()
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -132,7 +133,7 @@ def _until_first_commit(folder: Path) -> dict[str, Any]:
     known = len(os.listdir(commits)) if commits.exists() else 0  # noqa: PTH208 - counting, quickly
     started = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "quantbatch.cli", "run", str(spec_path)],
+        [COMMAND, "run", str(spec_path)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -166,7 +167,7 @@ def _pretend_half_done(spec: JobSpec) -> None:
 def startup(config: Path = Path("configs/quickstart.yaml")) -> None:
     """A whole run of a spec, into a fresh output: where the time to the first commit goes."""
     with tempfile.TemporaryDirectory(prefix="quantbatch-bench-") as name:
-        command = [sys.executable, "-m", "quantbatch.cli", "run", "--json", str(config)]
+        command = [COMMAND, "run", "--json", str(config)]
         started = time.monotonic()
         done = subprocess.run(
             [*command, "--set", f"output.uri={name}/out"], capture_output=True, text=True, check=True

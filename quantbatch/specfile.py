@@ -47,6 +47,12 @@ def load_spec(path: Path | str, overrides: Sequence[str] = ()) -> JobSpec:
     node = _compose(_read(path), path)
     document = _construct(node, path)
     origins = {_set(document, override): f"--set {override}" for override in overrides}
+    odd = [
+        JobError(f"{_origin(place, node, origins) or path}: {'.'.join(map(str, place))}: {what}")
+        for place, what in _odd_texts(document, ())
+    ]
+    if odd:
+        raise SpecError(*odd)
     try:
         return JobSpec.model_validate(document)
     except ValidationError as error:
@@ -105,9 +111,7 @@ def _construct(node: yaml.Node, path: Path) -> dict[str, Any]:
     try:
         # Aliases share their values; a round trip through JSON gives each place its own.
         built = yaml.SafeLoader("").construct_document(node)
-        document: dict[str, Any] = json.loads(
-            json.dumps(built, default=str, ensure_ascii=False).encode()
-        )
+        document: dict[str, Any] = json.loads(json.dumps(built, default=str))
     except yaml.MarkedYAMLError as error:
         raise _not_yaml(error, path) from None
     except (RecursionError, ValueError) as error:
@@ -162,6 +166,21 @@ def _set(document: dict[str, Any], override: str) -> Location:
             raise SpecError(JobError(f"--set {override}: {place} is a value and has no fields"))
     inner[parts[-1]] = value
     return tuple(parts)
+
+
+def _odd_texts(value: Any, place: Location) -> Iterator[tuple[Location, str]]:  # noqa: ANN401 - parsed YAML
+    """Yield the texts that no path and no tokenizer takes; YAML can write them as escapes."""
+    match value:
+        case str() if re.search(r"[\0\ud800-\udfff]", value):
+            yield place, f"{json.dumps(value)}: holds a NUL or half of a surrogate pair"
+        case dict():
+            for key, inner in value.items():
+                yield from _odd_texts(inner, (*place, key))
+        case list():
+            for index, inner in enumerate(value):
+                yield from _odd_texts(inner, (*place, index))
+        case _:
+            pass
 
 
 def _problems(

@@ -48,8 +48,12 @@ def bucket(s3_endpoint: str) -> Bucket:
 
 
 @pytest.fixture(scope="session")
-def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """A Ray head with 4 logical CPUs, as `ray start --head` makes it; drivers join it."""
+def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> Iterator[Head]:
+    """A Ray head with 4 logical CPUs, as `ray start --head` makes it; drivers join it.
+
+    It begins after the S3 server, whose credentials it then has in its environment.
+    """
+    del s3_endpoint
     port, dashboard = free_port(), free_port()
     # Ray's sockets have paths of at most 107 characters, so its folder can't be pytest's.
     folder = Path(f"/tmp/qb-ray-{uuid.uuid4().hex[:6]}")

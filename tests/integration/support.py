@@ -31,6 +31,8 @@ REPOSITORY = Path(__file__).parents[2]
 MODEL = REPOSITORY / "configs" / "quickstart" / "model"
 ROWS, ROWS_PER_PART, ROWS_PER_CHUNK = 480, 100, 20
 LONGEST_RUN_S = 120
+COMMAND = str(Path(sys.executable).with_name("quantbatch"))
+"""The command that a user types."""
 
 
 def free_port() -> int:
@@ -131,13 +133,13 @@ def write_spec(folder: Path, output: dict[str, Any]) -> Path:
 
 def start(spec: Path, head: Head) -> subprocess.Popen[bytes]:
     """Start a driver that joins the running head."""
-    log = (spec.parent / "log").open("ab")
-    return subprocess.Popen(
-        [sys.executable, "-m", "quantbatch.cli", "run", str(spec)],
-        stdout=log,
-        stderr=log,
-        env=os.environ | {"RAY_ADDRESS": head.address},
-    )
+    with (spec.parent / "log").open("ab") as log:
+        return subprocess.Popen(
+            [COMMAND, "run", str(spec)],
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"RAY_ADDRESS": head.address},
+        )
 
 
 def run_to_the_end(spec: Path, head: Head) -> int:

@@ -50,6 +50,11 @@ output: {{uri: out, rows_per_part: 8}}
 EVIL = "\x1b]0;owned\x07 \u202etxt \x9b2J"
 
 
+@pytest.fixture(autouse=True)
+def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with job.yaml and an input of 12 rows; the last two rows are bad."""

@@ -246,6 +246,8 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines(tmp_path: Path) -> 
         ("[" * 5000, "nested too deeply"),
         ("{a: " * 5000, "nested too deeply"),
         ("a: &a {b: *a}", "more than 10,000 values"),
+        (BASE.replace("uri: in", 'uri: "a\\0b"'), 'input.uri: "a\\u0000b": holds a NUL'),
+        (BASE.replace("uri: in", 'uri: ["a\\ud800"]'), 'input.uri.0: "a\\ud800": holds a NUL'),
     ],
 )
 def test_what_is_no_spec_at_all(tmp_path: Path, text: str | bytes, said: str) -> None:

@@ -24,8 +24,9 @@ from quantbatch.spec import JobSpec
 from quantbatch.verify import Verdict, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from quantbatch.errors import RowError
     from quantbatch.records import Chunk
 
 
@@ -91,7 +92,7 @@ def answers(
     table = pa.concat_tables([slice.table for slice in found])
     ids = rows.row_ids(chunk)
     if spec.input.key:
-        ids = pa.chunked_array([ids]) if spec.input.key is None else table[spec.input.key]
+        ids = table[spec.input.key]
     count = chunk.rows
     done: list[Completion | Failure | None] = [
         Completion(RequestId(chunk.id, row), f"answer {row}", (5, 6), FinishReason.STOP)
@@ -99,7 +100,8 @@ def answers(
     ]
     if count > 2:
         done[2] = Failure(RequestId(chunk.id, 2), "model", "ValueError: no")
-    before, errors = 0, {}
+    before = 0
+    errors: dict[int, RowError] = {}
     for slice in found:
         errors |= {before + row: error for row, error in slice.errors.items()}
         before += slice.table.num_rows
@@ -118,6 +120,13 @@ def examples(verdict: Verdict, kind: str) -> tuple[str, ...]:
     return next(problem.examples for problem in verdict.problems if problem.kind == kind)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def without_waiting_for_the_disk() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture
 def spec(tmp_path: Path) -> JobSpec:
     for number, count in enumerate([7, 12, 2]):
@@ -127,7 +136,7 @@ def spec(tmp_path: Path) -> JobSpec:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished job: files of 10, 10 and 1 rows. Made once, because it waits for the disk."""
+    """A finished job: files of 10, 10 and 1 rows."""
     folder = tmp_path_factory.mktemp("finished")
     for number, count in enumerate([7, 12, 2]):
         write_input(folder, f"{number}.parquet", count)
