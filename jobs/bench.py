@@ -1,8 +1,8 @@
 """Measure what surrounds a model: each command prints one JSON document.
 
-    python jobs/bench.py pipeline            rows/s and the driver's memory, 100,000 and 1,000,000 rows
-    python jobs/bench.py plan                a job of 100,000,000 rows: to the first chunk, and resumed
-    python jobs/bench.py startup             from `quantbatch run` to the first committed row, by part
+    python jobs/bench.py pipeline   rows/s and the driver's memory, 100,000 and 1,000,000 rows
+    python jobs/bench.py plan       a job of 100,000,000 rows: to the first commit, and half done
+    python jobs/bench.py startup    from `quantbatch run` to the first committed row, by part
 
 The engine is `echo`, which answers with the beginning of the prompt: everything else is real, the
 tokenizer of the quickstart's model included. Each run is a process of its own.
@@ -27,13 +27,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from quantbatch.plan import make_plan
 from quantbatch.preflight import prepare
 from quantbatch.spec import JobSpec
 
 MODEL = Path(__file__).parents[1] / "configs" / "quickstart" / "model"
 COMMAND = str(Path(sys.executable).with_name("quantbatch"))
-WORDS = "the batch reads every row of a table once and writes one answer for each of them".split()
+WORDS = tuple(["the", "batch", "reads", "every", "row", "once", "and", "writes", "one", "answer", "for", "each", "of", "them"])
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Rows = Annotated[list[int], typer.Option(help="Rows of a job; give it several times for several.")]
@@ -60,7 +59,7 @@ def write_input(folder: Path, rows: int, *, files: int) -> None:
     per_file = -(-rows // files)
     for number in range(files):
         ids = range(number * per_file, min((number + 1) * per_file, rows))
-        texts = [f"{i} " + " ".join(WORDS[(i + k) % len(WORDS)] for k in range(22)) for i in ids]
+        texts = [f"{i} " + " ".join(WORDS[(i + k) % len(WORDS)] for k in range(20)) for i in ids]
         table = pa.table({"id": pa.array(ids, pa.int64()), "text": texts})
         pq.write_table(table, folder / f"{number:05d}.parquet", compression="zstd")
 
@@ -85,15 +84,23 @@ def run_echo(rows: int = 100_000) -> None:
         written = pq.ParquetDataset(folder / "out").read(columns=["row_id"]).num_rows
     assert report.counts.ok == written == rows
     figures = report.run
-    print(json.dumps({
-        "rows": rows,
-        "rows_per_s": round(figures.rows_per_s),
-        "rows_per_s_with_startup": round(rows / (figures.total_s or 1)),
-        "prompt_tokens": report.counts.prompt_tokens,
-        "driver_peak_mib_before": before >> 20,
-        "driver_peak_mib": _peak_rss_bytes() >> 20,
-        **{k: v for k, v in figures.to_json().items() if k.endswith("_s") and "per" not in k},
-    }))
+    print(
+        json.dumps(
+            {
+                "rows": rows,
+                "rows_per_s": round(figures.rows_per_s),
+                "rows_per_s_with_startup": round(rows / (figures.total_s or 1)),
+                "prompt_tokens": report.counts.prompt_tokens,
+                "driver_peak_mib_before": before >> 20,
+                "driver_peak_mib": _peak_rss_bytes() >> 20,
+                **{
+                    k: v
+                    for k, v in figures.to_json().items()
+                    if k.endswith("_s") and "per" not in k
+                },
+            }
+        )
+    )
 
 
 @app.command()
@@ -128,7 +135,7 @@ def _write_large_input(folder: Path, rows: int, *, files: int) -> None:
 def _until_first_commit(folder: Path) -> dict[str, Any]:
     """Run the job in a process of its own until it commits something new; then kill it."""
     spec_path = folder / "job.yaml"
-    spec_path.write_text(json.dumps(job(folder).model_dump(mode="json", exclude_defaults=True)))
+    spec_path.write_text(json.dumps(job(folder).model_dump(mode="json", exclude_unset=True)))
     commits = folder / "out" / "_quantbatch" / "commits"
     known = len(os.listdir(commits)) if commits.exists() else 0  # noqa: PTH208 - counting, quickly
     started = time.monotonic()
@@ -170,7 +177,10 @@ def startup(config: Path = Path("configs/quickstart.yaml")) -> None:
         command = [COMMAND, "run", "--json", str(config)]
         started = time.monotonic()
         done = subprocess.run(
-            [*command, "--set", f"output.uri={name}/out"], capture_output=True, text=True, check=True
+            [*command, "--set", f"output.uri={name}/out"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         elapsed = time.monotonic() - started
     report = json.loads(done.stdout.splitlines()[-1])

@@ -1,7 +1,7 @@
 """Write the files that are generated from the spec's models, or check that they are fresh.
 
-    python jobs/generated.py           write them
-    python jobs/generated.py --check   exit 1 if one of them is stale
+python jobs/generated.py           write them
+python jobs/generated.py --check   exit 1 if one of them is stale
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _section(section: type[Section], place: str) -> Iterator[str]:
             yield from _section(inner, f"{place}{name}{suffix}.")
 
 
-def _default(info: Any) -> str:  # noqa: ANN401 - pydantic's FieldInfo
+def _default(info: Any) -> str:
     if info.is_required():
         return "required"
     value = info.default
@@ -62,7 +62,7 @@ def _default(info: Any) -> str:  # noqa: ANN401 - pydantic's FieldInfo
     return f"`{json.dumps(value)}`"
 
 
-def _sections_in(annotation: Any) -> Iterator[type[Section]]:  # noqa: ANN401 - any type expression
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         if issubclass(annotation, Section):
             yield annotation
@@ -77,8 +77,9 @@ def _text(text: str | None) -> str:
 
 def main() -> int:
     """Write or check; return the exit code."""
-    stale = [path for path, text in generated().items()
-             if not path.exists() or path.read_text() != text]
+    stale = [
+        path for path, text in generated().items() if not path.exists() or path.read_text() != text
+    ]
     if "--check" not in sys.argv:
         for path in stale:
             path.write_text(generated()[path])

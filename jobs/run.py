@@ -2,8 +2,8 @@
 
     ray job submit --working-dir . -- python jobs/run.py configs/quickstart.yaml
 
-Takes what `quantbatch run` takes. The last line that it prints is one JSON document with the outcome,
-because `ray job submit` keeps no more of an exit code than whether it was 0.
+Takes what `quantbatch run` takes. The last line that it prints is one JSON document with the
+outcome, because `ray job submit` keeps no more of an exit code than whether it was 0.
 """
 
 from quantbatch.cli import main

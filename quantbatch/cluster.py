@@ -166,7 +166,7 @@ def reader_options(spec: JobSpec) -> dict[str, Any]:
 
 
 def committer_options() -> dict[str, Any]:
-    """Return the arguments of `map_batches` for the one process that commits, in several threads."""
+    """Return the arguments of `map_batches` for the process that commits, in several threads."""
     pool = ActorPoolStrategy(
         size=1, max_concurrent_calls_per_actor=COMMITS_AT_ONCE, enable_true_multi_threading=True
     )

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 EXAMPLES = 5
 MAX_ODD_IDS = 1_000_000
 """Ids out of place that are remembered, 50 bytes each; beyond this they are counted only."""
+NEAR = 64
+"""Rows that are looked through first where the two sides differ: most often one is missing."""
 MAX_SEARCHES = 100
 """Searches of the rest of the input for rows that are not there; each may read all of it."""
 
@@ -270,15 +272,15 @@ class Comparison:
     def _meet_again(self, expected: pa.Table, found: pa.Table) -> int:
         """Pass over rows of both sides up to the nearest pair of the same id."""
         ids = found[ROW_ID]
-        places = pc.index_in(ids, value_set=expected[ROW_ID].combine_chunks())
-        if places.null_count == len(places):
+        all_of_it = max(len(ids), expected.num_rows)
+        pair = _nearest_pair(expected[ROW_ID], ids, NEAR)
+        pair = pair or _nearest_pair(expected[ROW_ID], ids, all_of_it)
+        if pair is None:
             return self._search(expected, ids)
-        there = np.flatnonzero(pc.is_valid(places).to_numpy())
-        where = pc.drop_null(places).to_numpy()
-        nearest = int(np.argmin(there + where))
-        self._pass_over(expected.slice(0, int(where[nearest])))
-        self._surplus.add(ids.slice(0, int(there[nearest])))
-        return int(there[nearest])
+        in_input, in_output = pair
+        self._pass_over(expected.slice(0, in_input))
+        self._surplus.add(ids.slice(0, in_output))
+        return in_output
 
     def _search(self, expected: pa.Table, ids: pa.ChunkedArray) -> int:
         """Go on in the input if these ids are further ahead in it, else leave them as surplus."""
@@ -364,6 +366,18 @@ class Comparison:
                 continue  # noted before
         tally = pc.value_counts(pa.concat_arrays(found))
         return tally.field("values").filter(pc.greater(tally.field("counts"), 1))
+
+
+def _nearest_pair(a: pa.ChunkedArray, b: pa.ChunkedArray, length: int) -> tuple[int, int] | None:
+    """Return where the first items of two arrays are equal, the nearest such pair."""
+    a, b = a.slice(0, length), b.slice(0, length)
+    places = pc.index_in(b, value_set=a.combine_chunks())
+    if places.null_count == len(places):
+        return None
+    in_a = pc.drop_null(places).to_numpy()
+    in_b = np.flatnonzero(pc.is_valid(places).to_numpy())
+    nearest = int(np.argmin(in_a + in_b))
+    return int(in_a[nearest]), int(in_b[nearest])
 
 
 def _common_length(a: pa.ChunkedArray, b: pa.ChunkedArray) -> int:

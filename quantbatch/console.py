@@ -148,7 +148,7 @@ def report_table(report: RunReport) -> Table:
     rows = [("rows", f"{counts.rows:,}")]
     for name in ("ok", "truncated", "invalid", "error"):
         count = getattr(counts, name)
-        share = f"{count / counts.rows:8.2%}" if counts.rows else ""
+        share = f"{count / counts.rows:9.2%}" if counts.rows else ""
         rows.append((f"  {name}", f"{count:>{len(f'{counts.rows:,}')},}{share}"))
     generated = f"{counts.completion_tokens:,} generated"
     rows.append(("tokens", f"{counts.prompt_tokens:,} read, {generated}"))
@@ -157,8 +157,7 @@ def report_table(report: RunReport) -> Table:
             rows.append(("this run", f"{run.counts.rows:,} rows in {run.total_s or 0:,.1f} s"))
         rows += _figures(report)
     rows += _unreadable(report.unreadable)
-    files = f"{report.parts:,} file{'s' * (report.parts != 1)}"
-    return facts([*rows, ("output", f"{report.output} ({files})")])
+    return facts([*rows, ("output", f"{report.output} ({several(report.parts, 'file')})")])
 
 
 def _unreadable(files: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -173,7 +172,7 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
     rows = [("speed", f"{run.rows_per_s:,.1f} rows/s, {run.tokens_per_s:,.1f} tokens/s")]
     if run.planned_bytes:
         memory = f"{size(run.planned_bytes)} planned, {size(run.peak_bytes)} measured"
-        rows.append(("peak memory", f"{memory}, for each of {len(run.replicas)} replicas"))
+        rows.append(("peak memory", f"{memory} ({several(len(run.replicas), 'replica')})"))
     if run.first_commit_s is not None:
         rows.append(("first rows", f"after {run.first_commit_s:.1f} s: {_start_of(report)}"))
     return rows
@@ -193,6 +192,11 @@ def _start_of(report: RunReport) -> str:
     return ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
 
 
+def several(count: int, noun: str) -> str:
+    """Return a number of things."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def size(count: int) -> str:
     """Return a number of bytes as a person reads it."""
     for unit, bytes_each in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
@@ -206,11 +210,12 @@ def plan_table(document: Mapping[str, Any]) -> Table:
     source, memory = document["input"], document["memory"]
     prompt, output = document["prompt"], document["output"]
     done, chunks = document["done"], document["chunks"]
-    each = f"{chunks['count']:,} chunks of up to {chunks['rows_each']:,} rows"
+    each = f"{several(chunks['count'], 'chunk')} of up to {several(chunks['rows_each'], 'row')}"
+    rows_in, files_in = several(source["rows"], "row"), several(source["files"], "file")
     rows = [
-        ("input", f"{source['uri']}: {source['rows']:,} rows in {source['files']:,} files"),
+        ("input", f"{source['uri']}: {rows_in} in {files_in}"),
         *_unreadable(source["unreadable"]),
-        ("work", f"{each} -> {output['files']:,} files"),
+        ("work", f"{each} -> {several(output['files'], 'file')}"),
         ("done", _done(done, source["rows"])),
         ("model", document["model"]),
         ("prompt", f"at most {prompt['max_input_tokens']:,} tokens, {prompt['beyond']}"),
@@ -227,7 +232,8 @@ def plan_table(document: Mapping[str, Any]) -> Table:
 def _done(done: Mapping[str, int], rows: int) -> str:
     if not done["rows"]:
         return "nothing: the output is new"
-    return f"{done['rows']:,} of {rows:,} rows, {done['files']:,} files published"
+    published = several(done["files"], "file")
+    return f"{done['rows']:,} of {several(rows, 'row')}, {published} published"
 
 
 def _memory(memory: Mapping[str, Any] | None) -> list[tuple[str, str]]:
@@ -242,7 +248,7 @@ def _memory(memory: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     }[memory["fits"]]
     return [
         ("memory", f"{size(memory['total_bytes'])} = {' + '.join(sizes)}"),
-        ("", f"KV cache {per_token}; {memory['batch_size']:,} rows at once"),
+        ("", f"KV cache {per_token}; {several(memory['batch_size'], 'row')} at once"),
         ("", verdict),
     ]
 
@@ -300,10 +306,10 @@ def say_sample(row: Mapping[str, Any]) -> None:
         say(f"{row['row_id']}: error row", "bold red")
         say(_indented(f"{row['error']['type']}: {row['error']['message']}"))
     if row["prompt"] is not None:
-        say(f"{row['row_id']}: {row['prompt_tokens']:,} tokens", "bold")
+        say(f"{row['row_id']}: {several(row['prompt_tokens'], 'token')}", "bold")
         say(_indented(row["prompt"]))
     if row["completion"] is not None:
-        say(f"-> {row['completion_tokens']:,} tokens, {row['finish_reason']}", "green")
+        say(f"-> {several(row['completion_tokens'], 'token')}, {row['finish_reason']}", "green")
         say(_indented(row["completion"]))
     say("")
 
@@ -319,14 +325,13 @@ def say_verdict(document: Mapping[str, Any]) -> None:
     statuses = [f"{name} {counts[name]:,}" for name in ("ok", "truncated", "invalid", "error")]
     style = {"proven": "bold green", "problems": "bold red"}.get(document["outcome"], "bold yellow")
     say(f"{document['name']}: {OUTCOMES[document['outcome']]}", style)
-    rows = [
-        ("input", f"{document['rows_in']:,} rows in {document['files_in']:,} files"),
-        ("output", f"{document['rows_out']:,} rows in {document['files_out']:,} files"),
-        ("by status", ", ".join(statuses)),
-    ]
+    rows = [("by status", ", ".join(statuses))]
+    for side, way in (("output", "out"), ("input", "in")):
+        files = several(document[f"files_{way}"], "file")
+        rows.insert(0, (side, f"{several(document[f'rows_{way}'], 'row')} in {files}"))
     if document["rows_left"]:
-        rows.append(("to do", f"{document['rows_left']:,} rows are not published yet"))
+        rows.append(("to do", f"{several(document['rows_left'], 'row')} not published yet"))
     for problem in document["problems"]:
-        rows.append(("problem", f"{problem['count']:,} {problem['kind']}"))
+        rows.append(("problem", f"{problem['kind']}: {problem['count']:,}"))
         rows += [("", one_line(example)) for example in problem["examples"]]
     say(facts(rows))

@@ -127,7 +127,7 @@ def input_limit(spec: JobSpec, checkpoint: Checkpoint) -> int:
         if asked == "auto":
             raise SpecError(
                 JobError(
-                    f"engine.max_input_tokens: {spec.model.id} does not say how long its context is",
+                    f"engine.max_input_tokens: {spec.model.id} does not say its context's length",
                     "set engine.max_input_tokens",
                 )
             )

@@ -21,7 +21,7 @@ from quantbatch.spec import EchoEngine, StaticEngine
 from quantbatch.tokens import load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import pyarrow as pa
 
@@ -67,7 +67,11 @@ def load_engine(job: ReplicaJob) -> LoadedEngine:
 def _echo(job: ReplicaJob, options: EchoEngine) -> LoadedEngine:
     tokenizer = load_tokenizer(open_checkpoint(job.spec.model.seen_from(job.driver_folder)).folder)
     size = echo.DEFAULT_BATCH_SIZE if options.batch_size == "auto" else options.batch_size
-    engine = echo.EchoEngine(tokenizer.batch_decode, batch_size=size, step_s=options.step_s)
+
+    def decode(answers: list[Sequence[int]]) -> list[str]:
+        return tokenizer.batch_decode([list(answer) for answer in answers])
+
+    engine = echo.EchoEngine(decode, batch_size=size, step_s=options.step_s)
     return LoadedEngine(engine, 0, lambda: 0)
 
 

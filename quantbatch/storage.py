@@ -341,7 +341,7 @@ class S3Store:
 
 
 class _ExplainedReads(io.RawIOBase):
-    """An open S3 file whose reads fail with errors of ours; s3fs lets some of botocore's through."""
+    """An open S3 file whose reads fail with our errors; s3fs lets some of botocore's through."""
 
     def __init__(self, file: IO[bytes], uri: str) -> None:
         super().__init__()

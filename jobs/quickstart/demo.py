@@ -58,7 +58,8 @@ def next_steps() -> Table:
         (f".venv/bin/quantbatch verify {SPEC}", "prove that every row is answered once"),
         (f".venv/bin/quantbatch sample {SPEC} -n 5", "see prompts and answers"),
         (
-            f".venv/bin/quantbatch run {SPEC} --set model.bits=8 --set output.uri=out/quickstart/int8",
+            f".venv/bin/quantbatch run {SPEC} --set model.bits=8 "
+            "--set output.uri=out/quickstart/int8",
             "the same at 8 bits",
         ),
     ):

@@ -312,7 +312,7 @@ def _loss(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
 
 @torch.inference_mode()
 def accuracy(
-    model: Any,  # noqa: ANN401 - transformers' types refuse `generate` of any model
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     rows: list[Text],
     *,

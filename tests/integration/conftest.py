@@ -12,7 +12,14 @@ import pytest
 
 from quantbatch.spec import Storage
 from quantbatch.storage import S3Store
-from tests.integration.support import Bucket, Head, answers, free_port, process, wait_for
+from tests.integration.support import (
+    Bucket,
+    Head,
+    answers,
+    free_port,
+    process,
+    wait_for,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +56,7 @@ def bucket(s3_endpoint: str) -> Bucket:
 
 @pytest.fixture(scope="session")
 def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> Iterator[Head]:
-    """A Ray head with 4 logical CPUs, as `ray start --head` makes it; drivers join it.
+    """A Ray head with 4 logical CPUs and 2 pretended GPUs, as `ray start --head` makes it.
 
     It begins after the S3 server, whose credentials it then has in its environment.
     """
@@ -62,7 +69,7 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> Iter
     env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_BACKEND_LOG_LEVEL": "fatal", "PATH": path}
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
-        "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4",
+        "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4", "--num-gpus=2",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
         f"--temp-dir={folder}", "--disable-usage-stats", f"--object-store-memory={512 << 20}",
     ]  # fmt: skip

@@ -21,7 +21,7 @@ def make_llama(
     *,
     tied: bool = False,
     dtype: torch.dtype = torch.bfloat16,
-    **changes: Any,  # noqa: ANN401
+    **changes: Any,
 ) -> Path:
     """Save a random Llama."""
     torch.manual_seed(0)

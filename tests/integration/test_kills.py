@@ -1,7 +1,8 @@
 """SIGKILL at random moments: of the driver, of a replica; on local disk and on S3.
 
-Every job is continued by the same command until it is done, and then proven by `verify`. All the while a
-watcher reads what readers see of the local outputs: each visible file must be whole, and never change.
+Every job is continued by the same command until it is done, and then proven by `verify`. All the
+while a watcher reads what readers see of the local outputs: each visible file must be whole, and
+never change.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ VOCABULARY = 320
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:  # noqa: ANN401
+def tokenizer() -> Any:
     """One token a byte, and special tokens."""
     vocabulary = {END: 0, PAD: 1, HIDDEN: 2} | {c: i for i, c in enumerate(ALPHABET, start=3)}
     backend = Tokenizer(models.BPE(vocabulary, []))
@@ -56,7 +56,7 @@ def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def random_model(random_folder: Path) -> Any:  # noqa: ANN401
+def random_model(random_folder: Path) -> Any:
     return loaded(random_folder)
 
 
@@ -68,12 +68,12 @@ def chain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
 
 
-def loaded(folder: Path) -> Any:  # noqa: ANN401
+def loaded(folder: Path) -> Any:
     model = Model(id=str(folder), bits=32)
     return load(open_checkpoint(model), model, "cpu").model
 
 
-def chain(folder: Path, tokenizer: Any, text: str) -> Any:  # noqa: ANN401
+def chain(folder: Path, tokenizer: Any, text: str) -> Any:
     """A model that goes through the tokens of a text in a circle.
 
     The residual stream is the token itself, layers add nothing, the head looks up the successor.
@@ -96,8 +96,8 @@ def chain(folder: Path, tokenizer: Any, text: str) -> Any:  # noqa: ANN401
 
 
 def ask(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: Any,
+    tokenizer: Any,
     prompts: Sequence[Sequence[int] | str],
     sampling: Sampling,
     *,
@@ -140,8 +140,8 @@ def random_prompts(count: int = 13) -> list[list[int]]:
     ids=["greedy", "penalty", "minimum", "sampling", "hot"],
 )
 def test_company_changes_no_answer(
-    random_model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    random_model: Any,
+    tokenizer: Any,
     sampling: Sampling,
 ) -> None:
     prompts = random_prompts()
@@ -153,8 +153,8 @@ def test_company_changes_no_answer(
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_answers_are_those_of_plain_generate(
-    random_model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    random_model: Any,
+    tokenizer: Any,
     penalty: float,
 ) -> None:
     prompts = random_prompts(6)
@@ -169,7 +169,7 @@ def test_greedy_answers_are_those_of_plain_generate(
         assert list(answer.token_ids) == plain[0, len(prompt) :].tolist()
 
 
-def test_padding_is_not_repetition(random_model: Any, tokenizer: Any) -> None:  # noqa: ANN401
+def test_padding_is_not_repetition(random_model: Any, tokenizer: Any) -> None:
     """Were padding counted, a penalty would keep rows from saying the padding's token."""
     prompts = random_prompts()
     sampling = Sampling(max_new_tokens=10, repetition_penalty=3.0)
@@ -184,8 +184,8 @@ def test_padding_is_not_repetition(random_model: Any, tokenizer: Any) -> None:  
 
 def test_a_model_s_own_sampling_changes_nothing(
     random_folder: Path,
-    random_model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    random_model: Any,
+    tokenizer: Any,
     tmp_path: Path,
 ) -> None:
     said = {"do_sample": True, "temperature": 5.0, "top_k": 3, "top_p": 0.1, "max_length": 3,
@@ -222,14 +222,14 @@ def test_the_demo_model_answers_the_same_alone_and_together() -> None:
 # ---- where an answer ends
 
 
-def test_an_answer_is_as_long_as_allowed(chain_folder: Path, tokenizer: Any) -> None:  # noqa: ANN401
+def test_an_answer_is_as_long_as_allowed(chain_folder: Path, tokenizer: Any) -> None:
     model = chain(chain_folder, tokenizer, "abcdefghij")
     first, second = ask(model, tokenizer, ["a", "xyzg"], Sampling(max_new_tokens=4))
     assert (first.text, first.finish_reason, len(first.token_ids)) == ("bcde", LENGTH, 4)
     assert (second.text, second.finish_reason) == ("hija", LENGTH)
 
 
-def test_an_end_token_ends_it_and_is_counted(chain_folder: Path, tokenizer: Any) -> None:  # noqa: ANN401
+def test_an_end_token_ends_it_and_is_counted(chain_folder: Path, tokenizer: Any) -> None:
     model = chain(chain_folder, tokenizer, f"abc{END}defgh")
     early, late = ask(model, tokenizer, ["a", "d"], Sampling(max_new_tokens=6))
     assert (early.text, early.finish_reason) == ("bc", STOP)
@@ -240,14 +240,14 @@ def test_an_end_token_ends_it_and_is_counted(chain_folder: Path, tokenizer: Any)
 
 def test_an_end_token_as_the_last_allowed_one_is_an_end(
     chain_folder: Path,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,
 ) -> None:
     model = chain(chain_folder, tokenizer, f"abc{END}d")
     (answer,) = ask(model, tokenizer, ["a"], Sampling(max_new_tokens=3))
     assert (answer.text, answer.finish_reason) == ("bc", STOP)
 
 
-def test_the_tokenizer_s_end_token_counts_too(chain_folder: Path, tokenizer: Any) -> None:  # noqa: ANN401
+def test_the_tokenizer_s_end_token_counts_too(chain_folder: Path, tokenizer: Any) -> None:
     model = chain(chain_folder, tokenizer, f"abc{END}de{HIDDEN}fg")
     model.generation_config.eos_token_id = 2
     first, second = ask(model, tokenizer, ["a", "d"], Sampling(max_new_tokens=9))
@@ -257,7 +257,7 @@ def test_the_tokenizer_s_end_token_counts_too(chain_folder: Path, tokenizer: Any
     assert ask(model, tokenizer, ["a"], Sampling(max_new_tokens=9))[0].text == "bc"
 
 
-def test_an_answer_can_t_end_before_its_minimum(chain_folder: Path, tokenizer: Any) -> None:  # noqa: ANN401
+def test_an_answer_can_t_end_before_its_minimum(chain_folder: Path, tokenizer: Any) -> None:
     model = chain(chain_folder, tokenizer, f"abc{END}de")
     with torch.no_grad():  # a second best after "c"
         c, d = tokenizer.encode("cd")
@@ -285,7 +285,7 @@ def test_an_answer_can_t_end_before_its_minimum(chain_folder: Path, tokenizer: A
 )
 def test_a_stop_string_cuts_exactly(
     chain_folder: Path,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,
     stop: list[str],
     text: str,
     tokens: int,
@@ -302,7 +302,7 @@ def test_a_stop_string_cuts_exactly(
 
 def test_a_stop_string_may_be_part_of_a_character_s_bytes_away(
     chain_folder: Path,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,
 ) -> None:
     model = chain(chain_folder, tokenizer, "ab\u20accd")
     (answer,) = ask(model, tokenizer, ["a"], Sampling(max_new_tokens=8, stop=["\u20ac"]))
@@ -311,7 +311,7 @@ def test_a_stop_string_may_be_part_of_a_character_s_bytes_away(
     assert (answer.text, len(answer.token_ids)) == ("b", 5)
 
 
-def test_a_special_token_may_be_a_stop_string(chain_folder: Path, tokenizer: Any) -> None:  # noqa: ANN401
+def test_a_special_token_may_be_a_stop_string(chain_folder: Path, tokenizer: Any) -> None:
     model = chain(chain_folder, tokenizer, f"abc{HIDDEN}de")
     (answer,) = ask(model, tokenizer, ["a"], Sampling(max_new_tokens=8, stop=[HIDDEN]))
     assert (answer.text, len(answer.token_ids), answer.finish_reason) == ("bc", 3, STOP)
@@ -321,7 +321,7 @@ def test_a_special_token_may_be_a_stop_string(chain_folder: Path, tokenizer: Any
 
 def test_a_stop_string_before_the_minimum_does_not_end(
     chain_folder: Path,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,
 ) -> None:
     model = chain(chain_folder, tokenizer, "abcde")
     sampling = Sampling(max_new_tokens=12, min_new_tokens=3, stop=["c"])
@@ -333,7 +333,7 @@ def test_a_stop_string_before_the_minimum_does_not_end(
 
 def test_an_end_token_comes_before_a_later_stop_string(
     chain_folder: Path,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,
 ) -> None:
     model = chain(chain_folder, tokenizer, f"abc{END}de")
     (answer,) = ask(model, tokenizer, ["a"], Sampling(max_new_tokens=9, stop=["e"]))
@@ -382,7 +382,7 @@ def test_a_row_s_numbers_are_its_own() -> None:
     assert not torch.equal(uniform_numbers([3 + 2**32], 10)[0], together[0])
 
 
-def test_other_seeds_give_other_samples(random_model: Any, tokenizer: Any) -> None:  # noqa: ANN401
+def test_other_seeds_give_other_samples(random_model: Any, tokenizer: Any) -> None:
     sampling = Sampling(max_new_tokens=8, temperature=2.0)
     answers = ask(random_model, tokenizer, [[5, 6, 7]] * 6, sampling)
     assert len({answer.token_ids for answer in answers}) == 6
@@ -409,7 +409,7 @@ def test_the_ends_of_the_range_draw_the_ends_of_the_vocabulary() -> None:
     assert draw(torch.zeros(2, 1), scores).argmax(-1).tolist() == [1, 3]
 
 
-def test_one_likeliest_token_is_greedy(random_model: Any, tokenizer: Any) -> None:  # noqa: ANN401
+def test_one_likeliest_token_is_greedy(random_model: Any, tokenizer: Any) -> None:
     prompts = random_prompts(5)
     greedy = ask(random_model, tokenizer, prompts, Sampling(max_new_tokens=8))
     for narrow in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}):
@@ -425,8 +425,8 @@ def request(row: int, tokens: int, sampling: Sampling) -> Request:
 
 
 def test_groups_are_of_like_sampling_the_longest_first(
-    random_model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    random_model: Any,
+    tokenizer: Any,
 ) -> None:
     short, long = Sampling(max_new_tokens=2), Sampling(max_new_tokens=3)
     engine = StaticEngine(random_model, tokenizer, batch_size=2)
@@ -440,8 +440,8 @@ def test_groups_are_of_like_sampling_the_longest_first(
 
 
 def test_a_failed_step_gives_back_its_own_requests_only(
-    random_model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    random_model: Any,
+    tokenizer: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sampling = Sampling(max_new_tokens=4)
@@ -476,7 +476,7 @@ def run(engine: StaticEngine, requests: Sequence[Request]) -> list[Completion]:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scores_that_are_no_numbers_fail_the_step(
     random_folder: Path,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,
     value: float,
 ) -> None:
     model = loaded(random_folder)
@@ -492,8 +492,8 @@ def test_scores_that_are_no_numbers_fail_the_step(
 
 
 def test_what_would_not_fit_the_context_is_our_mistake(
-    random_model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    random_model: Any,
+    tokenizer: Any,
 ) -> None:
     engine = StaticEngine(random_model, tokenizer, batch_size=2)
     engine.add([request(0, 200, Sampling(max_new_tokens=56))])
@@ -502,8 +502,8 @@ def test_what_would_not_fit_the_context_is_our_mistake(
 
 
 def test_nothing_is_logged(
-    random_model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    random_model: Any,
+    tokenizer: Any,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     sampling = Sampling(max_new_tokens=3, min_new_tokens=2, temperature=0.7, top_p=0.5, stop=["x"])

@@ -52,12 +52,12 @@ def untied(tmp_path: Path) -> Path:
     return make_llama(tmp_path / "model")
 
 
-def loaded(folder: Path, **fields: Any) -> LoadedModel:  # noqa: ANN401
+def loaded(folder: Path, **fields: Any) -> LoadedModel:
     model = Model(id=str(folder), **fields)
     return load(open_checkpoint(model), model, "cpu")
 
 
-def logits(model: Any) -> torch.Tensor:  # noqa: ANN401
+def logits(model: Any) -> torch.Tensor:
     with torch.inference_mode():
         found: torch.Tensor = model(torch.arange(40).view(2, 20)).logits
     return found.float()
@@ -101,7 +101,7 @@ def test_weights_stay_as_loaded_when_they_are_used(untied: Path) -> None:
 def test_quantized_logits_are_near_and_in_the_order_of_bits(untied: Path) -> None:
     exact = logits(loaded(untied, bits=32).model)
 
-    def error(**fields: Any) -> float:  # noqa: ANN401
+    def error(**fields: Any) -> float:
         return float((logits(loaded(untied, **fields).model) - exact).norm() / exact.norm())
 
     float32 = {"dtype": "float32"}
@@ -165,7 +165,7 @@ def test_types_are_chosen_for_the_cpu(untied: Path, monkeypatch: pytest.MonkeyPa
     model = Model(id=str(untied), bits=4)
     checkpoint = open_checkpoint(model)
 
-    def types(flags: dict[str, bool], **changes: Any) -> tuple[str, str]:  # noqa: ANN401
+    def types(flags: dict[str, bool], **changes: Any) -> tuple[str, str]:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
         found = resolve(checkpoint, model.model_copy(update=changes), "cpu")
         assert isinstance(found.quantization, FourBit)

@@ -175,7 +175,7 @@ def test_plan_tells_what_is_done(folder: Path) -> None:
     found = document(call("plan", "job.yaml", "--json"))
     assert found["outcome"] == "planned"
     assert found["done"] == {"rows": 8, "chunks": 2, "files": 1}
-    assert "8 of 12 rows, 1 files published" in call("plan", "job.yaml").stdout
+    assert "8 of 12 rows, 1 file published" in call("plan", "job.yaml").stdout
     answer(load_spec("job.yaml"), slice(None))
     assert document(call("plan", "job.yaml", "--json"))["outcome"] == "nothing_to_do"
 
@@ -272,12 +272,12 @@ def test_run_ends_with_a_table(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (spec.model.bits, extend) == (8, True)
     for line in (
         "test: done",
-        "  ok         1,090  99.09%",
-        "  error         10   0.91%",
+        "  ok         1,090   99.09%",
+        "  error         10    0.91%",
         "tokens       50,000 read, 8,000 generated",
         "this run     100 rows in 24.0 s",
         "speed        5.0 rows/s, 40.0 tokens/s",
-        "peak memory  1.00 GiB planned, 512.00 MiB measured, for each of 1 replicas",
+        "peak memory  1.00 GiB planned, 512.00 MiB measured (1 replica)",
         "first rows   after 13.5 s: plan 0.5, cluster 3.0, model 8.0, first chunk 2.0",
         "output       /tmp/out (2 files)",
         "  quantbatch verify job.yaml --set model.bits=8  prove that each row is answered once",
@@ -437,7 +437,7 @@ def test_verify(folder: Path) -> None:
     answer(spec, slice(2))
     result = call("verify", "job.yaml")
     assert result.exit_code == 75
-    assert "4 rows are not published yet" in result.stdout
+    assert "4 rows not published yet" in result.stdout
     answer(spec, slice(None))
     result = call("verify", "job.yaml")
     assert result.exit_code == 0
@@ -445,7 +445,7 @@ def test_verify(folder: Path) -> None:
     (folder / "out" / "part-000001.parquet").unlink()
     result = call("verify", "job.yaml")
     assert result.exit_code == 1
-    assert "4 rows that are missing" in result.stdout
+    assert "rows that are missing: 4" in result.stdout
     assert document(call("verify", "job.yaml", "--json"))["outcome"] == "problems"
 
 

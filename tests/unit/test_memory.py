@@ -54,7 +54,7 @@ def llama_like(
     tied: bool = False,
     biases: bool = False,
     experts: int = 0,
-    **config: Any,  # noqa: ANN401
+    **config: Any,
 ) -> Checkpoint:
     """The tensors of a Llama, Qwen or Mixtral, from its configuration."""
     shapes: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (vocab, hidden))]
@@ -119,7 +119,7 @@ def qwen_30b_a3b() -> Checkpoint:
     )
 
 
-def tiny(**changes: Any) -> Checkpoint:  # noqa: ANN401
+def tiny(**changes: Any) -> Checkpoint:
     sizes: dict[str, Any] = {"hidden": 64, "inner": 128, "layers": 2, "heads": 4, "kv_heads": 2}
     return llama_like(**sizes | {"head_dim": 16, "vocab": 100} | changes)
 
@@ -132,7 +132,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 
 
-def model(**fields: Any) -> Model:  # noqa: ANN401
+def model(**fields: Any) -> Model:
     return Model(id="org/model", **fields)
 
 
@@ -390,7 +390,7 @@ def test_the_workspace_of_a_32b_model() -> None:
 # ---- the plan
 
 
-def plan(checkpoint: Checkpoint, bits: int | None = 4, **changes: Any) -> MemoryPlan:  # noqa: ANN401
+def plan(checkpoint: Checkpoint, bits: int | None = 4, **changes: Any) -> MemoryPlan:
     fields: dict[str, Any] = {"max_tokens": 1024, "batch_size": None, "device_bytes": CARD}
     return plan_memory(checkpoint, model(bits=bits), **fields | changes)
 
@@ -434,7 +434,7 @@ def test_without_a_limit_everything_fits() -> None:
     assert plan(qwen_32b(), bits=16, device_bytes=None, batch_size=7).batch_size == 7
 
 
-def refusal(checkpoint: Checkpoint, **changes: Any) -> DoesNotFit:  # noqa: ANN401
+def refusal(checkpoint: Checkpoint, **changes: Any) -> DoesNotFit:
     with pytest.raises(DoesNotFit) as caught:
         plan(checkpoint, **changes)
     return caught.value

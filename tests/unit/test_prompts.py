@@ -88,7 +88,7 @@ def error_of(made: Renderer, **row: object) -> tuple[str, str]:
     return error.kind, error.message
 
 
-def chat_ids(tokenizer: Tokenizer, messages: list[dict[str, str]], **more: Any) -> list[int]:  # noqa: ANN401
+def chat_ids(tokenizer: Tokenizer, messages: list[dict[str, str]], **more: Any) -> list[int]:
     """What transformers itself makes of a chat."""
     ids: Any = tokenizer.apply_chat_template(
         messages,

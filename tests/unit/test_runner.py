@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typing_extensions import override
 
 from quantbatch.records import Completion, Failure, FinishReason, Request, RequestId
 from quantbatch.runner import Answer, Runner
@@ -24,6 +25,11 @@ SAMPLING = Sampling()
 
 def requests(chunk: int, count: int) -> list[Request]:
     return [Request(RequestId(chunk, row), (1, 2, 3), SAMPLING, seed=0) for row in range(count)]
+
+
+def stay(code: int) -> None:
+    """Stand for os._exit where no device breaks."""
+    pytest.fail(f"the runner left with {code}")
 
 
 class FragileEngine:
@@ -58,7 +64,7 @@ class FragileEngine:
 
 
 def answer(engine: FragileEngine, *batches: list[Request]) -> list[dict[RequestId, Answer]]:
-    runner = Runner(engine, leave=pytest.fail)
+    runner = Runner(engine, leave=stay)
     futures = [runner.submit(batch) for batch in batches]
     return [future.result(timeout=20) for future in futures]
 
@@ -76,7 +82,7 @@ def test_an_empty_chunk_is_answered_at_once() -> None:
 def test_chunks_share_a_batch() -> None:
     engine = FragileEngine(batch_size=8)
     engine.gate.clear()
-    runner = Runner(engine, leave=pytest.fail)
+    runner = Runner(engine, leave=stay)
     futures = [runner.submit(requests(chunk, 3)) for chunk in range(5)]
     engine.gate.set()
     for future in futures:
@@ -109,6 +115,7 @@ def test_a_poisonous_row_is_found_and_its_neighbours_are_answered(data: st.DataO
 
 def test_out_of_memory_ends_in_smaller_groups() -> None:
     class SmallCard(FragileEngine):
+        @override
         def step(self) -> Sequence[Completion]:
             done = super().step()
             if len(self.group) > 3:
@@ -129,6 +136,7 @@ def test_a_broken_device_ends_the_process() -> None:
         threading.Event().wait()  # as after os._exit, the thread goes no further
 
     class BrokenCard(FragileEngine):
+        @override
         def step(self) -> Sequence[Completion]:
             super().step()
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -142,7 +150,7 @@ def test_a_broken_device_ends_the_process() -> None:
 
 def test_many_threads_submit_at_once() -> None:
     engine = FragileEngine(batch_size=32, poison=[RequestId(3, 5)])
-    runner = Runner(engine, leave=pytest.fail)
+    runner = Runner(engine, leave=stay)
     results: dict[int, dict[RequestId, Answer]] = {}
 
     def submit(chunk: int) -> None:

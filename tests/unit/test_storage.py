@@ -6,7 +6,6 @@ import errno
 import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from typing_extensions import override
@@ -14,9 +13,6 @@ from typing_extensions import override
 from quantbatch.errors import Refused, StorageError
 from quantbatch.spec import Storage
 from quantbatch.storage import PRIVATE, LocalStore, Store, open_store, probe, redact
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 @pytest.fixture
@@ -139,10 +135,10 @@ def test_probe_refuses_a_store_that_lies(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def unwritable(tmp_path: Path) -> Iterator[Path]:
+def unwritable(tmp_path: Path) -> Path:
     path = tmp_path / "file"
     path.write_text("a file, not a folder")
-    yield path / "out"
+    return path / "out"
 
 
 def test_unwritable_output_is_one_clear_error(unwritable: Path) -> None:
