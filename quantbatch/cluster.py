@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import ray
@@ -29,18 +30,46 @@ if TYPE_CHECKING:
 _ONE_CHUNK = {"batch_size": 1, "batch_format": "pyarrow"}
 COMMITS_AT_ONCE = 8
 """A commit on S3 is three round trips of some 30 ms: 8 threads make about 80 commits/s of it."""
+_SETTINGS: dict[str, Any] = {
+    # Every row becomes a block of its own and goes on at once: a chunk never waits for another.
+    "target_max_block_size": 1,
+    # Ray fails a job without output for 30 minutes; a chunk of long answers may take longer.
+    "execution_no_progress_timeout_s": -1,
+    "enable_progress_bars": False,
+    "print_on_execution_start": False,
+    "enable_auto_log_stats": False,
+}
 LIGHT_TASK_CPUS = 1.0
 """CPU cores that reading, committing and publishing take beside the replicas."""
 
 
+@dataclass
+class Session:
+    """A run's time on a cluster."""
+
+    device: str
+    """What replicas work on: `cuda` or `cpu`."""
+    stopped_by: str = ""
+    """Name of the signal that ended the run."""
+
+    def stopped(self) -> Stopped:
+        """Return the error that ends a stopped run."""
+        return Stopped(f"stopped by {self.stopped_by}", "the same command continues the job")
+
+    def check(self) -> None:
+        """Raise if the run was stopped: an exception from a signal handler can get lost.
+
+        Python drops it when the signal comes while it runs a destructor or a callback from C.
+        """
+        if self.stopped_by:
+            raise self.stopped()
+
+
 @contextlib.contextmanager
-def connected(cluster: Cluster) -> Iterator[str]:
+def connected(cluster: Cluster) -> Iterator[Session]:
     """Join or start a Ray cluster for the time of a run, and let SIGTERM end the run.
 
     A cluster that was there before, such as the caller's own, is left running.
-
-    Yields:
-        The device that replicas work on: `cuda` or `cpu`.
 
     Raises:
         ClusterError: No cluster answers, or it lacks what the job needs.
@@ -49,8 +78,9 @@ def connected(cluster: Cluster) -> Iterator[str]:
     if ours:
         _init(cluster)
     try:
-        with _context(), _stopped_by_sigterm():
-            yield _device(cluster)
+        session = Session(_device(cluster))
+        with _settings(), _stopped_by_sigterm(session):
+            yield session
     finally:
         if ours:
             ray.shutdown()
@@ -106,29 +136,24 @@ def _replica_cpus(cluster: Cluster) -> float:
 
 
 @contextlib.contextmanager
-def _context() -> Iterator[None]:
+def _settings() -> Iterator[None]:
     """Set Ray Data up for chunks that are one row each (see `records`); undone afterwards."""
-    before = DataContext.get_current()
-    context = before.copy()
-    # Every row becomes a block of its own and goes on at once: a chunk never waits for another.
-    context.target_max_block_size = 1
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.enable_auto_log_stats = False
-    # Ray fails a job without output for 30 minutes; a chunk of long answers may take longer.
-    context.execution_no_progress_timeout_s = -1
-    DataContext._set_current(context)
+    context = DataContext.get_current()
+    before = {name: getattr(context, name) for name in _SETTINGS}
     log = logging.getLogger("ray.data")
     level = log.level
-    log.setLevel(logging.ERROR)
     try:
+        for name, value in _SETTINGS.items():
+            setattr(context, name, value)
+        log.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             # Retries of actors have no other way in: ray < 2.64 in pyproject.toml is for this.
             warnings.simplefilter("ignore", RayDeprecationWarning)
             yield
     finally:
         log.setLevel(level)
-        DataContext._set_current(before)
+        for name, value in before.items():
+            setattr(context, name, value)
 
 
 def _device(cluster: Cluster) -> str:
@@ -228,7 +253,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
+def _stopped_by_sigterm(session: Session) -> Iterator[None]:
     """Let SIGTERM end the run as Ctrl-C does; what is committed stays, the rest is done again."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -236,9 +261,8 @@ def _stopped_by_sigterm() -> Iterator[None]:
 
     def stop(number: int, frame: object) -> NoReturn:
         del frame
-        raise Stopped(
-            f"stopped by {signal.Signals(number).name}", "the same command continues the job"
-        )
+        session.stopped_by = signal.Signals(number).name
+        raise session.stopped()
 
     # After ray.init, which sets handlers of its own.
     before = signal.signal(signal.SIGTERM, stop)

@@ -60,6 +60,13 @@ EMBEDDING = re.compile(r"embed|(^|_)emb(_|$)|^w[tp]e$")
 SCALES = (".SCB", ".scales", ".weight_scale")
 CONV1D_MODELS = frozenset({"gpt2", "gpt-sw3", "openai-gpt"})
 """Models whose linear layers are transformers' Conv1D, with weights stored as (in, out)."""
+UNQUANTIZED_MODELS = frozenset({"falcon"})
+"""Models whose linear layers are a class of their own, which transformers passes over (5.23)."""
+EAGER_MODELS = frozenset(
+    "bloom codegen gemma2 gpt_neo gpt_oss gptj granite_swa granitemoe_swa mimo_v2_flash mpt"
+    " openai-gpt vaultgemma xglm".split()
+)
+"""Models without SDPA, whose attention scores are there as a whole (`_supports_sdpa`, 5.23)."""
 SLIDING_PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}
 """Each how many-th layer sees everything, where an older config.json leaves that to the code."""
 ALL_SLIDING = frozenset({"mistral", "mixtral", "phi3", "starcoder2"})
@@ -123,7 +130,7 @@ def weigh(checkpoint: Checkpoint, model: Model) -> Weights:
     """Compute what the weights take once they are loaded as the spec asks.
 
     Raises:
-        ModelError: A name in skip_modules matches no layer.
+        ModelError: There is nothing to quantize, or a name in skip_modules matches no layer.
     """
     if checkpoint.quantized is not None:
         return _weigh_stored(checkpoint, model)
@@ -142,6 +149,11 @@ def weigh(checkpoint: Checkpoint, model: Model) -> Weights:
         else:
             sizes[part] += tensor.numel * item_bytes
     del params[Part.UNUSED], sizes[Part.UNUSED]
+    if not params[Part.LINEAR] and not isinstance(quantization, Unquantized):
+        raise ModelError(
+            f"{checkpoint.id} has no layer that bitsandbytes quantizes",
+            "load it with model.bits 16",
+        )
     return Weights(params, sizes, max(shapes, key=math.prod))
 
 
@@ -212,9 +224,9 @@ def part_of(tensor: TensorInfo, checkpoint: Checkpoint) -> Part:
     if "experts" in module.split("."):
         return Part.EXPERT
     is_matrix = tensor.name.endswith(".weight") and len(tensor.shape) == 2
-    if not is_matrix or last in HEADS or last in ROUTERS or EMBEDDING.search(last):
-        return Part.KEPT
-    return Part.LINEAR
+    is_special = last in HEADS or last in ROUTERS or EMBEDDING.search(last)
+    passed_over = checkpoint.config.get("model_type") in UNQUANTIZED_MODELS
+    return Part.LINEAR if is_matrix and not is_special and not passed_over else Part.KEPT
 
 
 def _module(tensor_name: str) -> str:
@@ -322,7 +334,7 @@ def kv_shape(config: Mapping[str, Any], item_bytes: int) -> KvShape:
         config: The text part of config.json.
         item_bytes: Bytes of a cached number: those of the model's type.
     """
-    layers = _first(config, "num_hidden_layers", "n_layer", "num_layers")
+    layers = _first(config, "num_hidden_layers", "n_layer", "n_layers")
     types = _layer_types(config, layers)
     sliding = sum(kind in ("sliding_attention", "chunked_attention") for kind in types)
     linear = types.count("linear_attention")
@@ -341,8 +353,10 @@ def _kv_numel(config: Mapping[str, Any]) -> int:
     if config.get("kv_lora_rank"):
         # Multi-head latent attention: transformers 5.23 caches the latent (measured).
         return int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])
-    heads = _first(config, "num_attention_heads", "n_head")
+    heads = _heads(config)
     head_dim = config.get("head_dim") or hidden_size(config) // heads
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+        return 2 * int(head_dim)  # Falcon 7B, StarCoder
     return 2 * int(config.get("num_key_value_heads") or heads) * int(head_dim)
 
 
@@ -375,6 +389,10 @@ def _first(config: Mapping[str, Any], *names: str) -> int:
         if config.get(name) is not None:
             return int(config[name])
     raise ModelError(f"config.json has none of {', '.join(names)}")
+
+
+def _heads(config: Mapping[str, Any]) -> int:
+    return _first(config, "num_attention_heads", "n_head", "n_heads")
 
 
 def hidden_size(config: Mapping[str, Any]) -> int:
@@ -417,6 +435,15 @@ def mask_bytes(rows: int, tokens: int, item_bytes: int) -> int:
     if rows == 1:
         return 0
     return rows * tokens * tokens * (1 + item_bytes)
+
+
+def score_bytes(config: Mapping[str, Any], rows: int, tokens: int, item_bytes: int) -> int:
+    """Return the attention scores of one layer, for models that compute them as a whole: raw, with
+    the mask, and as float32 and rounded probabilities.
+    """
+    if config.get("model_type") not in EAGER_MODELS:
+        return 0
+    return rows * _heads(config) * tokens * tokens * (3 * item_bytes + 4)
 
 
 def logit_bytes(config: Mapping[str, Any], rows: int) -> int:

@@ -93,7 +93,7 @@ def plan_memory(
 
     Raises:
         DoesNotFit: Not even one row, or not as many as asked for, have room.
-        ModelError: A name in skip_modules matches no layer.
+        ModelError: There is nothing to quantize, or a name in skip_modules matches no layer.
     """
     prompt = max_tokens if prompt_tokens is None else min(prompt_tokens, max_tokens)
     weights = weigh(checkpoint, model)
@@ -149,6 +149,7 @@ class _Load:
             footprint.dequantized_bytes(self.weights, quantization, tokens)
             + footprint.activation_bytes(config, tokens, item_bytes)
             + footprint.mask_bytes(rows, self.prompt_tokens, item_bytes)
+            + footprint.score_bytes(config, rows, self.prompt_tokens, item_bytes)
             + footprint.logit_bytes(config, rows)
             + footprint.cache_growth_bytes(shape, rows, self.max_tokens)
         )

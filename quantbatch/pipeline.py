@@ -65,11 +65,12 @@ def run(spec: JobSpec, *, extend: bool = False, progress: Progress | None = None
     probe(job.ledger.store)
     if job.new_generation is not None:
         job.ledger.freeze(job.new_generation)
-    with cluster.connected(job.spec.cluster) as device:
+    with cluster.connected(job.spec.cluster) as session:
         figures.cluster_s = figures.elapsed_s
-        progress.started(device)
+        progress.started(session.device)
         with _Publisher(job) as publisher:
-            for receipt in _receipts(job, device):
+            for receipt in _receipts(job, session.device):
+                session.check()
                 if receipt.fatal:
                     raise Stopped(receipt.failure, "that mended, the same command continues")
                 if receipt.failure:

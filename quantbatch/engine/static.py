@@ -46,8 +46,6 @@ Decode = Callable[[Sequence[int]], str]
 # Most of what is called of it has no types, or wrong ones (5.23).
 hf: Any = transformers
 
-BELOW_ONE = 1 - 2.0**-40
-"""Keeps a product with a number in [0, 1) below its other factor, however it is rounded."""
 SPARE_TOKENS = 8
 """Tokens without text that may stand within a stop string before it is found late."""
 
@@ -287,7 +285,7 @@ class _Draw(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self._prompt_tokens
         cumulated_BV = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-        place_B1 = self._uniforms_BN[:, step : step + 1] * cumulated_BV[:, -1:] * BELOW_ONE
+        place_B1 = self._uniforms_BN[:, step : step + 1] * cumulated_BV[:, -1:]
         token_B1 = torch.searchsorted(cumulated_BV, place_B1, right=True)
         return torch.full_like(scores, -torch.inf).scatter(1, token_B1, 0.0)
 

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from quantbatch.errors import DoesNotFit, ModelError
-from quantbatch.footprint import DType, weight_dtype
+from quantbatch.footprint import DType, weigh, weight_dtype
 from quantbatch.headers import few
+from quantbatch.memory import gib
 from quantbatch.spec import FourBit, Int8, Unquantized
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
     from quantbatch.checkpoint import Checkpoint
     from quantbatch.spec import Model
+
+logger = logging.getLogger(__name__)
 
 # Most of what is called of it has no types, or wrong ones (5.23).
 hf: Any = transformers
@@ -65,7 +68,9 @@ def load(checkpoint: Checkpoint, model: Model, device: str) -> LoadedModel:
     loaded.requires_grad_(requires_grad=False)
     compute_dtype = _settle_four_bit_layers(loaded, model, device)
     _neutralize_generation_config(loaded)
-    return LoadedModel(loaded, device, compute_dtype, parameter_bytes(loaded))
+    weight_bytes = parameter_bytes(loaded)
+    _compare_with_plan(weight_bytes, checkpoint, model)
+    return LoadedModel(loaded, device, compute_dtype, weight_bytes)
 
 
 def resolve(checkpoint: Checkpoint, model: Model, device: str) -> Model:
@@ -99,12 +104,13 @@ def _from_pretrained(checkpoint: Checkpoint, model: Model, device: str) -> PreTr
     source = _source(checkpoint)
     try:
         with _quiet():
+            config = hf.AutoConfig.from_pretrained(**source, trust_remote_code=False)
             loaded, report = hf.AutoModelForCausalLM.from_pretrained(
                 **source,
-                **_quantization_arguments(checkpoint, model, source),
+                **_quantization_arguments(checkpoint, model, config),
                 dtype=getattr(torch, model.dtype),
                 device_map={"": device},
-                attn_implementation="sdpa",
+                attn_implementation=_attention(config),
                 use_safetensors=True,
                 trust_remote_code=False,  # None would ask on stdin
                 output_loading_info=True,
@@ -131,8 +137,19 @@ def _source(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": checkpoint.id, "revision": checkpoint.commit}
 
 
+def _attention(config: Any) -> str:  # noqa: ANN401
+    """Return the attention function: SDPA, or the plain one for the models that lack it (Gemma 2).
+
+    Left open, it could be named by config.json, and be code to download from the hub.
+    """
+    model_class = hf.AutoModelForCausalLM._model_mapping[type(config)]
+    return "sdpa" if model_class._supports_sdpa else "eager"
+
+
 def _quantization_arguments(
-    checkpoint: Checkpoint, model: Model, source: dict[str, Any]
+    checkpoint: Checkpoint,
+    model: Model,
+    config: Any,  # noqa: ANN401
 ) -> dict[str, Any]:
     """Return `quantization_config`, or nothing: None as its value makes transformers load a
     quantized checkpoint as random or raw numbers, without an error (5.23, measured).
@@ -140,14 +157,14 @@ def _quantization_arguments(
     quantization = model.quantization
     if checkpoint.quantized is not None or isinstance(quantization, Unquantized | None):
         return {}
-    skip_modules = _skip_modules(source, quantization.skip_modules)
+    skip_modules = _skip_modules(config, quantization.skip_modules)
     eight, four = Int8(), FourBit()
     match quantization:
         case Int8():
             eight = quantization
         case FourBit():
             four = quantization
-    config = hf.BitsAndBytesConfig(
+    arguments = hf.BitsAndBytesConfig(
         load_in_8bit=isinstance(quantization, Int8),
         load_in_4bit=isinstance(quantization, FourBit),
         llm_int8_threshold=eight.threshold,
@@ -159,10 +176,10 @@ def _quantization_arguments(
         bnb_4bit_compute_dtype=None if four.compute_dtype == "auto" else four.compute_dtype,
         bnb_4bit_quant_storage="uint8",
     )
-    return {"quantization_config": config}
+    return {"quantization_config": arguments}
 
 
-def _skip_modules(source: dict[str, Any], own: list[str]) -> list[str] | None:
+def _skip_modules(config: Any, own: list[str]) -> list[str] | None:  # noqa: ANN401
     """Return what not to quantize: the library's list and the user's.
 
     A list that is given replaces the library's, and with it the output head would be quantized,
@@ -170,7 +187,6 @@ def _skip_modules(source: dict[str, Any], own: list[str]) -> list[str] | None:
     """
     if not own:
         return None  # the library's own
-    config = hf.AutoConfig.from_pretrained(**source, trust_remote_code=False)
     with torch.device("meta"):
         empty = hf.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sorted({*get_keys_to_not_convert(empty), *own})
@@ -259,6 +275,18 @@ def _parameter_tensors(loaded: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 def _tensor_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _compare_with_plan(weight_bytes: int, checkpoint: Checkpoint, model: Model) -> None:
+    """Say so if a model has layers that the plan took for others: it knows them by name only."""
+    planned = weigh(checkpoint, model).total_bytes
+    if weight_bytes > 1.01 * planned:
+        logger.warning(
+            "the weights of %s take %s, %s were planned",
+            checkpoint.id,
+            gib(weight_bytes),
+            gib(planned),
+        )
 
 
 @contextlib.contextmanager

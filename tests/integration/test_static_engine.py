@@ -300,6 +300,17 @@ def test_a_stop_string_cuts_exactly(
     assert ask(model, tokenizer, ["a", *neighbours], sampling, batch_size=1) == answers
 
 
+def test_a_stop_string_saves_the_rest_of_the_time(
+    chain_folder: Path,
+    tokenizer: Any,
+) -> None:
+    model = chain(chain_folder, tokenizer, "abcdefghijklmnop")
+    steps = []
+    model.register_forward_hook(lambda *_: steps.append(1))
+    ask(model, tokenizer, ["a", "xxxxb", "d"], Sampling(max_new_tokens=200, stop=["efg"]))
+    assert len(steps) == len("bcdefg")
+
+
 def test_a_stop_string_may_be_part_of_a_character_s_bytes_away(
     chain_folder: Path,
     tokenizer: Any,
@@ -455,9 +466,9 @@ def test_a_failed_step_gives_back_its_own_requests_only(
             engine.step()
     failed = engine.evict()
     assert [each.id.row for each in failed] == [1, 3]
-    assert engine.evict() == []
     assert {c.id.row for c in run(engine, [])} == {0, 2}
     assert not engine.has_work()
+    assert engine.evict() == []
     assert {c.id: c for c in run(engine, failed)} == {each.id: expected[each.id] for each in failed}
 
 

@@ -306,7 +306,7 @@ WORDS = st.sampled_from(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(max_size=80) | st.lists(WORDS | st.just("\n  "), max_size=20).map(" ".join))
 def test_any_text_is_a_spec_or_a_spec_error(
     tmp_path_factory: pytest.TempPathFactory, text: str
@@ -326,7 +326,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     place=st.sampled_from(
         ["name", "input", "input.uri", "model", "model.quantization", "prompt.messages", "engine",
