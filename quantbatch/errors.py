@@ -13,8 +13,8 @@
     RowError                  becomes the result of one row; never ends a run
 
 Exit codes: 0 done; 1 done with more errors than allowed, or with input that could not be read; 2
-bad spec, input or surroundings; 3 refused; 75 stopped and resumable (EX_TEMPFAIL of sysexits.h);
-130 Ctrl-C.
+bad spec, input or surroundings; 3 refused; 70 a fault of quantbatch itself (EX_SOFTWARE of
+sysexits.h); 75 stopped and resumable (EX_TEMPFAIL); 130 Ctrl-C.
 """
 
 from __future__ import annotations

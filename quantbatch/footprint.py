@@ -63,8 +63,10 @@ CONV1D_MODELS = frozenset({"gpt2", "gpt-sw3", "openai-gpt"})
 UNQUANTIZED_MODELS = frozenset({"falcon"})
 """Models whose linear layers are a class of their own, which transformers passes over (5.23)."""
 EAGER_MODELS = frozenset(
-    "bloom codegen gemma2 gpt_neo gpt_oss gptj granite_swa granitemoe_swa mimo_v2_flash mpt"
-    " openai-gpt vaultgemma xglm".split()
+    {
+        *("bloom", "codegen", "gemma2", "gpt_neo", "gpt_oss", "gptj", "granite_swa", "mpt"),
+        *("granitemoe_swa", "mimo_v2_flash", "openai-gpt", "vaultgemma", "xglm"),
+    }
 )
 """Models without SDPA, whose attention scores are there as a whole (`_supports_sdpa`, 5.23)."""
 SLIDING_PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}

@@ -166,8 +166,10 @@ def publish_shard(
     """
     commits = [Commit.from_bytes(store.read(commit_key(chunk))) for chunk in chunks]
     assert sum(commit.rows for commit in commits) == shard.rows, f"rows of shard {shard.id}"
+    # Checksums, so that a byte that flips on a disk is noticed when it is read.
+    options = {"compression": target.compression, "write_page_checksum": True}
     with scratch_file() as path:
-        with pq.ParquetWriter(path, target.schema, compression=target.compression) as writer:
+        with pq.ParquetWriter(path, target.schema, **options) as writer:
             for group in _grouped(_committed_rows(store, commit) for commit in commits):
                 writer.write_table(group, row_group_size=ROWS_PER_GROUP)
         written = pq.read_metadata(path).num_rows

@@ -7,6 +7,7 @@ Ray's processes; `cluster.py` is all that we ask of Ray itself.
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
 
@@ -22,7 +23,7 @@ from quantbatch.report import Outcome, RunFigures, RunReport
 from quantbatch.storage import probe, redact
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
     from concurrent.futures import Future
 
     from quantbatch.ledger import Published
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 MAX_INPUT_BLOCKS = 2000
 """Blocks in which Ray gets the chunk list. Each costs 1.7 ms before the first chunk runs
-(research/ray.md), so in a big job a block holds many chunks; the task that reads them hands them
+(measured on Ray 2.60), so in a big job a block holds many chunks; the task that reads them hands them
 on one by one."""
 
 PUBLISHED_AT_ONCE = 2
@@ -65,29 +66,42 @@ def run(spec: JobSpec, *, extend: bool = False, progress: Progress | None = None
     probe(job.ledger.store)
     if job.new_generation is not None:
         job.ledger.freeze(job.new_generation)
-    with cluster.connected(job.spec.cluster) as session:
-        figures.cluster_s = figures.elapsed_s
-        progress.started(session.device)
-        with _Publisher(job) as publisher:
-            for receipt in _receipts(job, session.device):
-                session.check()
-                if receipt.fatal:
-                    raise Stopped(receipt.failure, "that mended, the same command continues")
-                if receipt.failure:
-                    job.unreadable[f"chunk {receipt.chunk}"] = receipt.failure
-                    continue
-                figures.record(receipt)
-                publisher.publish(*job.ledger.record(receipt))
-                progress.committed(receipt, figures)
+    with (
+        _Publisher(job) as publisher,
+        contextlib.closing(_receipts(job, figures, progress)) as receipts,
+    ):
+        for receipt in receipts:
+            if receipt.fatal:
+                raise Stopped(receipt.failure, "that mended, the same command continues")
+            if receipt.failure:
+                job.unreadable[f"chunk {receipt.chunk}"] = receipt.failure
+                continue
+            figures.record(receipt)
+            publisher.publish(*job.ledger.record(receipt))
+            progress.committed(receipt, figures)
     return _report(job, figures)
 
 
-def _receipts(job: Job, device: str) -> Iterator[Receipt]:
-    """Send every chunk that is still to do through the pipeline; yield what became of it."""
+def _receipts(job: Job, figures: RunFigures, progress: Progress) -> Generator[Receipt]:
+    """Send every chunk that is still to do through Ray; yield what became of it."""
     items = stages.to_items(job.ledger.undone())
     if not items:
         return
-    dataset = (
+    with cluster.connected(job.spec.cluster) as session:
+        figures.cluster_s = figures.elapsed_s
+        progress.started(session.device)
+        dataset = _dataset(job, items, session.device)
+        with cluster.explained(job.spec):
+            for block in dataset.iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=0
+            ):
+                session.check()
+                yield from stages.receipts(block)
+
+
+def _dataset(job: Job, items: list[dict[str, str]], device: str) -> ray.data.Dataset:
+    """Describe the way of a chunk: read and rendered, answered, committed."""
+    return (
         ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
         .map_batches(
             stages.Reader,
@@ -105,11 +119,6 @@ def _receipts(job: Job, device: str) -> Iterator[Receipt]:
             **cluster.committer_options(),
         )
     )
-    with cluster.explained(job.spec):
-        for block in dataset.iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=0
-        ):
-            yield from stages.receipts(block)
 
 
 class _Publisher:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from typing_extensions import override
 
 from quantbatch import listing, rows, sources
@@ -82,7 +83,10 @@ def read_and_render(item: pa.Table, *, job: ReadJob) -> pa.Table:
     )
     prompts = _renderer(job).render(table)
     key = job.spec.input.key
-    ids = table[key].cast(pa.string()) if key else rows.row_ids(chunk)
+    ids = rows.row_ids(chunk)
+    if key:
+        # A row that can't be read has no key; its place is still its own.
+        ids = pc.coalesce(table[key].cast(pa.string()), ids)
     found = rows.rendered(
         table.select(job.kept), ids, prompts.token_ids, {**prompts.errors, **errors}
     )

@@ -23,7 +23,7 @@ from quantbatch.engine.static import Cut, StaticEngine, find_stop, uniform_numbe
 from quantbatch.records import Completion, FinishReason, Request, RequestId
 from quantbatch.spec import Model, Sampling
 from quantbatch.weights.bnb import load
-from tests.integration.llama import make_llama
+from tests.integration.llama import make_llama, make_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -149,6 +149,26 @@ def test_company_changes_no_answer(
     assert ask(random_model, tokenizer, prompts, sampling, batch_size=1) == together
     some = ask(random_model, tokenizer, prompts[5:9], sampling, seeds=[5, 6, 7, 8])
     assert [c.token_ids for c in some] == [c.token_ids for c in together[5:9]]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("gpt2", {"bos_token_id": 1, "eos_token_id": 1}),
+        ("mistral", {"sliding_window": 16}),
+        ("gemma2", {"sliding_window": 16, "head_dim": 32, "pad_token_id": 0}),
+    ],
+    ids=["learned positions", "sliding window", "no SDPA"],
+)
+def test_company_changes_no_answer_whatever_the_attention(
+    tmp_path: Path, tokenizer: Any, model_type: str, changes: dict[str, Any]
+) -> None:
+    changes |= {"vocab_size": VOCABULARY, "initializer_range": 0.2}
+    model = loaded(make_model(tmp_path, model_type, dtype=torch.float32, **changes))
+    sampling = Sampling(max_new_tokens=20)
+    together = ask(model, tokenizer, random_prompts(), sampling)
+    assert ask(model, tokenizer, random_prompts(), sampling, batch_size=1) == together
+    assert len({token for answer in together for token in answer.token_ids}) > 10
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from quantbatch.checkpoint import open_checkpoint
 from quantbatch.errors import DoesNotFit, ModelError
-from quantbatch.footprint import weigh
+from quantbatch.footprint import kv_shape, weigh
 from quantbatch.memory import plan_memory
 from quantbatch.spec import FourBit, Int8, Model, Unquantized
 from quantbatch.weights import bnb
 from quantbatch.weights.bnb import LoadedModel, load, resolve
 from quantbatch.weights.peak import PeakMemory
-from tests.integration.llama import make_llama
+from tests.integration.llama import make_llama, make_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,6 +79,54 @@ def test_the_plan_is_exact_to_the_byte(folder: Path, kind: str) -> None:
     assert not found.model.training
     assert not any(p.requires_grad for p in found.model.parameters())
     assert logits(found.model).isfinite().all()
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gpt2": {"bos_token_id": 1, "eos_token_id": 1},  # Conv1D
+    "qwen2": {},  # biases
+    "qwen3": {},
+    "gemma2": {"sliding_window": 32, "head_dim": 32},  # no SDPA, tied by default
+    "gemma3_text": {"sliding_window": 32, "head_dim": 32},
+    "mistral": {"sliding_window": 32},
+    "phi3": {},  # fused projections
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "mixtral": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
+}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_the_plan_is_exact_for_every_architecture(tmp_path: Path, model_type: str) -> None:
+    make_model(tmp_path, model_type, **ARCHITECTURES[model_type])
+    model = Model(id=str(tmp_path), dtype="bfloat16")
+    checkpoint = open_checkpoint(model)
+    for bits in (4, 8):
+        fewer = model.model_copy(update={"bits": bits})
+        found = load(checkpoint, fewer, "cpu")
+        assert found.weight_bytes == weigh(checkpoint, fewer).total_bytes, bits
+    found = load(checkpoint, model, "cpu")
+    assert found.weight_bytes == weigh(checkpoint, model).total_bytes
+    cache = found.model(torch.arange(40)[None], use_cache=True).past_key_values
+    held = sum(t.numel() * 2 for layer in cache.layers for t in (layer.keys, layer.values))
+    assert held == kv_shape(checkpoint.text_config, 2).row_bytes(40)
+
+
+def test_a_model_whose_layers_bitsandbytes_passes_over_is_refused(tmp_path: Path) -> None:
+    make_model(tmp_path, "falcon")
+    with pytest.raises(ModelError, match="no layer that bitsandbytes quantizes"):
+        weigh(open_checkpoint(Model(id=str(tmp_path))), Model(id=str(tmp_path), bits=4))
+    assert logits(loaded(tmp_path).model).isfinite().all()
+
+
+def test_more_weights_than_planned_are_reported(
+    untied: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Model(id=str(untied), bits=16)
+    monkeypatch.setattr(
+        bnb, "weigh", lambda checkpoint, _: weigh(checkpoint, Model(id="x", bits=4))
+    )
+    load(open_checkpoint(model), model, "cpu")
+    assert "MiB were planned" in caplog.text
 
 
 def test_a_model_of_odd_shapes_loads_and_runs(tmp_path: Path) -> None:

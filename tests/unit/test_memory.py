@@ -19,6 +19,7 @@ from quantbatch.footprint import (
     four_bit_bytes,
     int8_bytes,
     kv_shape,
+    score_bytes,
     weigh,
     weight_dtype,
 )
@@ -205,8 +206,10 @@ def test_old_buffers_count_nothing() -> None:
     ],
 )
 def test_embeddings_heads_and_routers_are_not_quantized(name: str) -> None:
-    weights = weigh(describe({"dtype": "bfloat16"}, [(name, (128, 64))]), model(bits=4))
-    assert weights.bytes == {Part.KEPT: 128 * 64 * 2}
+    shapes = [(name, (128, 64)), ("model.layers.0.mlp.up_proj.weight", (64, 64))]
+    weights = weigh(describe({"dtype": "bfloat16"}, shapes), model(bits=4))
+    assert weights.params == {Part.KEPT: 128 * 64, Part.LINEAR: 64 * 64}
+    assert weights.bytes[Part.KEPT] == 128 * 64 * 2
 
 
 def test_gpt2_stores_its_matrices_the_other_way_round() -> None:
@@ -243,6 +246,13 @@ def test_a_name_that_skips_nothing_is_an_error() -> None:
     assert "down_proj, gate_proj, k_proj" in caught.value.hint
     with pytest.raises(ModelError, match=r"'\(' is no regular expression"):
         weigh(tiny(), model(quantization=Int8(skip_modules=["("])))
+
+
+def test_nothing_to_quantize_is_an_error() -> None:
+    falcon = describe({"model_type": "falcon"}, [("h.0.mlp.dense_h_to_4h.weight", (64, 16))])
+    with pytest.raises(ModelError, match="no layer that bitsandbytes quantizes"):
+        weigh(falcon, model(bits=8))
+    assert weigh(falcon, model()).total_bytes == 64 * 16 * 2
 
 
 def test_the_type_of_the_weights() -> None:
@@ -301,9 +311,10 @@ def replace_tensors(checkpoint: Checkpoint, tensors: tuple[TensorInfo, ...]) -> 
         (llama_8b().config, 128),
         (qwen_30b_a3b().config, 96),
         ({"n_layer": 12, "n_head": 12, "n_embd": 768}, 36),
+        ({"n_layer": 40, "n_head": 48, "n_embd": 6144, "multi_query": True}, 20),
         ({"num_hidden_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64}, 68.625),
     ],
-    ids=["Qwen2.5-32B", "Llama-3.1-8B", "Qwen3-30B-A3B", "GPT-2", "DeepSeek-V3"],
+    ids=["Qwen2.5-32B", "Llama-3.1-8B", "Qwen3-30B-A3B", "GPT-2", "StarCoder", "DeepSeek-V3"],
 )
 def test_the_cache_of_a_token(config: dict[str, Any], kib: float) -> None:
     assert kv_shape(config, 2).bytes_per_token == kib * KIB
@@ -385,6 +396,12 @@ def test_the_workspace_of_a_32b_model() -> None:
     assert activation_bytes(checkpoint.config, 4096, 2) / GIB == pytest.approx(0.87, abs=0.01)
     assert dequantized_bytes(weights, FourBit(), 4096) == 27648 * 5120 * 2
     assert dequantized_bytes(weights, Int8(), 4096) / GIB == pytest.approx(0.65, abs=0.01)
+
+
+def test_whole_attention_scores_count_where_there_is_no_sdpa() -> None:
+    sizes = {"num_attention_heads": 16}
+    assert score_bytes(sizes | {"model_type": "llama"}, 8, 2048, 2) == 0
+    assert score_bytes(sizes | {"model_type": "gemma2"}, 8, 2048, 2) == 8 * 16 * 2048**2 * 10
 
 
 # ---- the plan
