@@ -45,7 +45,7 @@ NESTED_BLOCK = 256
 ACTIVATIONS_OF_HIDDEN, ACTIVATIONS_OF_INNER = 6, 3
 """Most activations alive at once in a prefill, in multiples of the hidden and the intermediate size
 for each token: residual, norm, queries, keys, values, output; gate, up and their product. Read from
-transformers' Llama; a bound that the peaks measured on a CPU stay under."""
+transformers' Llama; not measured on a card."""
 LOGIT_BYTES = 2 + 4 + 30
 """For each row and word of the vocabulary: 16-bit logits, the float32 copy that `generate` makes of
 them, and what choosing a token takes, most of all sorting for top_p: the warped scores, sorted

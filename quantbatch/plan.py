@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from quantbatch.spec import JobSpec
 
 MIN_ROWS_PER_CHUNK = 64
-MAX_ROWS_PER_CHUNK = 1024
+MAX_ROWS_PER_CHUNK = 2048
 MAX_CHUNKS = 200_000
 """Beyond this the chunks of a job grow: listing commits on S3 takes about a second per 5,000 of
 them."""

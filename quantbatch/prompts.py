@@ -24,6 +24,7 @@ from jinja2 import TemplateError
 from typing_extensions import override
 
 from quantbatch.errors import ModelError, RowError, SpecError
+from quantbatch.records import from_token_lists
 from quantbatch.templates import RowTemplate, check_columns, missing_column
 from quantbatch.tokens import ControlTokens, Encoder, MarkedText
 
@@ -232,7 +233,7 @@ class Renderer:
                 token_ids[row] = self._encoder.cut(*self._parts(prompt)) if ids is None else ids
             except RowError as error:
                 errors[row] = error
-        return Prompts(pa.array(token_ids, pa.list_(pa.int32())), dict(sorted(errors.items())))
+        return Prompts(from_token_lists(token_ids), dict(sorted(errors.items())))
 
     def _compose(
         self, rows: pa.Table, errors: dict[int, RowError]

@@ -15,7 +15,7 @@ from quantbatch.engine import echo
 from quantbatch.errors import JobError
 from quantbatch.memory import plan_memory
 from quantbatch.prompts import row_seed
-from quantbatch.records import ReplicaStats, Request, RequestId, pack, unpack
+from quantbatch.records import ReplicaStats, Request, RequestId, pack, to_token_lists, unpack
 from quantbatch.runner import Runner
 from quantbatch.spec import EchoEngine, StaticEngine
 from quantbatch.tokens import load_tokenizer
@@ -77,20 +77,26 @@ def _echo(job: ReplicaJob, options: EchoEngine) -> LoadedEngine:
 
 def _static(job: ReplicaJob, options: StaticEngine) -> LoadedEngine:
     # torch is imported here, in the actor, and nowhere else.
+    import torch
+
     from quantbatch.engine import static
     from quantbatch.weights import bnb, peak
 
+    if job.device == "cpu":
+        # torch would take every core of the machine for each replica on it.
+        torch.set_num_threads(max(1, int(job.spec.cluster.cpus_per_replica)))
     checkpoint = open_checkpoint(job.spec.model.seen_from(job.driver_folder))
+    model = bnb.resolve(checkpoint, job.spec.model, job.device)
     memory = plan_memory(
         checkpoint,
-        job.spec.model,
+        model,
         max_tokens=job.max_tokens,
         batch_size=None if options.batch_size == "auto" else options.batch_size,
         prompt_tokens=job.max_tokens - job.spec.sampling.max_new_tokens,
         device_bytes=peak.device_bytes(job.device, job.spec.cluster.gpus_per_replica),
     )
     measured = peak.PeakMemory(job.device)
-    loaded = bnb.load(checkpoint, job.spec.model, job.device)
+    loaded = bnb.load(checkpoint, model, job.device)
     tokenizer = load_tokenizer(checkpoint.folder)
     engine = static.StaticEngine(loaded.model, tokenizer, batch_size=memory.batch_size)
     return LoadedEngine(engine, memory.total, measured.peak_bytes)
@@ -140,11 +146,14 @@ class Replica:
     def _requests(self, chunk: int, rows: pa.Table) -> list[Request]:
         """Return a request for each row that has no error yet."""
         sampling = self._spec.sampling
-        columns = (rows[name].to_pylist() for name in ("row_id", "prompt_ids", "error_type"))
+        ids = rows["row_id"].to_pylist()
+        prompts = to_token_lists(rows["prompt_ids"])
         return [
-            Request(RequestId(chunk, i), tuple(ids), sampling, row_seed(sampling.seed, row_id))
-            for i, (row_id, ids, error) in enumerate(zip(*columns, strict=True))
-            if error is None
+            Request(RequestId(chunk, i), tuple(prompt), sampling, row_seed(sampling.seed, row_id))
+            for i, (row_id, prompt, error) in enumerate(
+                zip(ids, prompts, rows["error_type"], strict=True)
+            )
+            if prompt is not None and not error.is_valid
         ]
 
     def _measured(self) -> ReplicaStats:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from quantbatch.spec import JobSpec, Output
 
 KEPT = "in."
-_PROMPT_IDS = pa.list_(pa.int32())
 _METADATA_KEY = b"quantbatch"
 
 
@@ -88,7 +87,7 @@ def rendered(
     columns = {KEPT + name: kept[name] for name in kept.column_names}
     columns |= {
         "row_id": ids,
-        "prompt_ids": prompt_ids.cast(_PROMPT_IDS),
+        "prompt_ids": prompt_ids,
         "error_type": pa.array(kinds, pa.string()),
         "error_message": pa.array(messages, pa.string()),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,16 +92,19 @@ def llama_like(
     return describe(known | config, shapes)
 
 
+@functools.cache
 def qwen_32b() -> Checkpoint:
     return llama_like(
         hidden=5120, inner=27648, layers=64, heads=40, kv_heads=8, vocab=152064, biases=True
     )
 
 
+@functools.cache
 def llama_8b() -> Checkpoint:
     return llama_like(hidden=4096, inner=14336, layers=32, heads=32, kv_heads=8, vocab=128256)
 
 
+@functools.cache
 def llama_1b() -> Checkpoint:
     return llama_like(
         hidden=2048,
@@ -114,6 +118,7 @@ def llama_1b() -> Checkpoint:
     )
 
 
+@functools.cache
 def qwen_30b_a3b() -> Checkpoint:
     return llama_like(
         hidden=2048, inner=768, layers=48, heads=32, kv_heads=4, vocab=151936, experts=128
@@ -498,7 +503,7 @@ TOKENS = st.integers(1, 4096)
 ROWS = st.integers(1, 64)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(bits=BITS, tokens=TOKENS, rows=ROWS, hidden=st.integers(1, 8), layers=st.integers(1, 3))
 def test_no_part_is_negative_and_more_takes_more(
     bits: int, tokens: int, rows: int, hidden: int, layers: int
@@ -517,7 +522,7 @@ def test_no_part_is_negative_and_more_takes_more(
         assert found.weight_bytes < planned(bits=2 * bits).weight_bytes
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(tokens=TOKENS, prompt=st.integers(0, 4096), gib=st.floats(5, 80))
 def test_a_larger_card_and_shorter_rows_never_hold_fewer_rows(
     tokens: int, prompt: int, gib: float
@@ -540,7 +545,7 @@ def test_a_larger_card_and_shorter_rows_never_hold_fewer_rows(
     assert found <= rows(max(1, tokens // 2), 512 + gib)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(numel=st.integers(1, 10**9))
 def test_4_bits_are_less_than_8_and_more_than_half_a_byte(numel: int) -> None:
     for double_quant in (False, True):
