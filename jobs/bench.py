@@ -32,7 +32,8 @@ from quantbatch.spec import JobSpec
 
 MODEL = Path(__file__).parents[1] / "configs" / "quickstart" / "model"
 COMMAND = str(Path(sys.executable).with_name("quantbatch"))
-WORDS = tuple(["the", "batch", "reads", "every", "row", "once", "and", "writes", "one", "answer", "for", "each", "of", "them"])
+TEXT = "the batch reads every row once and writes one answer for each of them"
+WORDS = tuple(TEXT.split())
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Rows = Annotated[list[int], typer.Option(help="Rows of a job; give it several times for several.")]

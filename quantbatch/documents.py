@@ -16,7 +16,7 @@ from quantbatch.spec import FourBit, Int8, JobSpec, Storage
 from quantbatch.storage import open_store, redact
 
 if TYPE_CHECKING:
-    from quantbatch.memory import MemoryPlan
+    from quantbatch.model.memory import MemoryPlan
     from quantbatch.preflight import Job
     from quantbatch.sample import Sampled
     from quantbatch.spec import Model

@@ -33,9 +33,8 @@ if TYPE_CHECKING:
     from quantbatch.spec import JobSpec
 
 MAX_INPUT_BLOCKS = 2000
-"""Blocks in which Ray gets the chunk list. Each costs 1.7 ms before the first chunk runs
-(measured on Ray 2.60), so in a big job a block holds many chunks; the task that reads them hands them
-on one by one."""
+"""Blocks in which Ray gets the chunk list. Each costs 1.7 ms before the first chunk runs (measured
+on Ray 2.60), so in a big job a block holds many chunks; a reader hands them on one by one."""
 
 PUBLISHED_AT_ONCE = 2
 """Shards that are published at the same time: one is read while the other is written."""

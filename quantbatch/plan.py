@@ -25,13 +25,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from quantbatch import sources
 from quantbatch.errors import InputError
+from quantbatch.input import sources
 from quantbatch.records import Chunk, Slice
 
 if TYPE_CHECKING:
-    from quantbatch.listing import InputFile, Listing
-    from quantbatch.sources import FileFacts
+    from quantbatch.input.listing import InputFile, Listing
+    from quantbatch.input.sources import FileFacts
     from quantbatch.spec import JobSpec
 
 MIN_ROWS_PER_CHUNK = 64
@@ -42,7 +42,7 @@ them."""
 CHUNKS_WANTED = 64
 """A small job has about this many chunks, so that several replicas share it evenly."""
 FOOTERS_AT_ONCE = 16
-"""Threads that read footers: 1,000 of them on S3 took 11.5 s with 16 (measured on Ray 2.60)."""
+"""Threads that read footers: 1,000 of them on S3 took 11.5 s with 16 (measured)."""
 
 _SLICES = pa.schema(
     [

@@ -10,21 +10,24 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantbatch import keys, listing, memory, prompts, rows, storage
-from quantbatch.checkpoint import open_checkpoint
+from quantbatch import rows, storage
 from quantbatch.errors import InputError, JobError, Refused, SpecError
+from quantbatch.input import keys, listing
 from quantbatch.ledger import Ledger
+from quantbatch.model import memory
+from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.plan import Plan, make_plan
+from quantbatch.prompts import rendering
 from quantbatch.replica import ReplicaJob
 from quantbatch.stages import ReadJob
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from quantbatch.checkpoint import Checkpoint
+    from quantbatch.input.listing import Listing
     from quantbatch.ledger import OutputFormat
-    from quantbatch.listing import Listing
-    from quantbatch.memory import MemoryPlan
+    from quantbatch.model.checkpoint import Checkpoint
+    from quantbatch.model.memory import MemoryPlan
     from quantbatch.spec import JobSpec
 
 MAX_AUTO_INPUT_TOKENS = 8192
@@ -81,8 +84,8 @@ def prepare(spec: JobSpec, *, extend: bool = False) -> Job:
     spec = spec.resolved()
     check_places(spec)
     checkpoint = open_checkpoint(spec.model)
-    prompts.compile_templates(spec.prompt)
-    prompts.require_chat_template(spec.prompt, checkpoint.chat_template)
+    rendering.compile_templates(spec.prompt)
+    rendering.require_chat_template(spec.prompt, checkpoint.chat_template)
     max_input_tokens = input_limit(spec, checkpoint)
     fits = _memory(spec, checkpoint, max_input_tokens)
     ledger = Ledger.open(spec, checkpoint.digest)
@@ -216,7 +219,7 @@ def _no_rows(plan: Plan) -> InputError:
 
 
 def _check_columns(spec: JobSpec, plan: Plan, checkpoint: Checkpoint) -> None:
-    prompts.check_prompt(spec.prompt, plan.schema.names, checkpoint.chat_template)
+    rendering.check_prompt(spec.prompt, plan.schema.names, checkpoint.chat_template)
     if spec.input.key and spec.input.key not in plan.schema.names:
         raise SpecError(
             JobError(

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from quantbatch import rows as row_layout
-from quantbatch.checkpoint import open_checkpoint
 from quantbatch.engine import echo
 from quantbatch.errors import JobError
-from quantbatch.memory import plan_memory
-from quantbatch.prompts import row_seed
+from quantbatch.model.checkpoint import open_checkpoint
+from quantbatch.model.memory import plan_memory
+from quantbatch.prompts.rendering import row_seed
+from quantbatch.prompts.tokens import load_tokenizer
 from quantbatch.records import ReplicaStats, Request, RequestId, pack, to_token_lists, unpack
 from quantbatch.runner import Runner
 from quantbatch.spec import EchoEngine, StaticEngine
-from quantbatch.tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from quantbatch import formats, listing
+from quantbatch.input import formats, listing
 
 if TYPE_CHECKING:
-    from quantbatch.listing import InputFile
+    from quantbatch.input.listing import InputFile
     from quantbatch.spec import Input
     from quantbatch.storage import Store
 

@@ -11,23 +11,24 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from quantbatch import listing, preflight, rows, sources
-from quantbatch.checkpoint import open_checkpoint
+from quantbatch import preflight, rows
 from quantbatch.errors import InputError, SpecError
-from quantbatch.prompts import Renderer, check_prompt, row_seed
+from quantbatch.input import listing, sources
+from quantbatch.model.checkpoint import open_checkpoint
+from quantbatch.prompts.rendering import Renderer, check_prompt, row_seed
+from quantbatch.prompts.templates import missing_column
+from quantbatch.prompts.tokens import load_tokenizer
 from quantbatch.records import Chunk, Request, RequestId, Slice
 from quantbatch.replica import ReplicaJob, load_engine
 from quantbatch.runner import Runner
-from quantbatch.templates import missing_column
-from quantbatch.tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from quantbatch.checkpoint import Checkpoint
     from quantbatch.errors import RowError
-    from quantbatch.listing import Listing
+    from quantbatch.input.listing import Listing
+    from quantbatch.model.checkpoint import Checkpoint
     from quantbatch.records import Completion, Failure
     from quantbatch.spec import JobSpec
 

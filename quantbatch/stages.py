@@ -16,14 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from typing_extensions import override
 
-from quantbatch import listing, rows, sources
-from quantbatch.checkpoint import open_checkpoint
+from quantbatch import rows
 from quantbatch.errors import InputError, JobError
+from quantbatch.input import listing, sources
 from quantbatch.ledger import commit_chunk
-from quantbatch.prompts import Renderer
+from quantbatch.model.checkpoint import open_checkpoint
+from quantbatch.prompts.rendering import Renderer
+from quantbatch.prompts.tokens import load_tokenizer
 from quantbatch.records import Chunk, Receipt, Slice, pack, unpack
 from quantbatch.storage import open_store
-from quantbatch.tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -20,15 +20,15 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from quantbatch.errors import DoesNotFit, ModelError
-from quantbatch.footprint import DType, weigh, weight_dtype
-from quantbatch.headers import few
-from quantbatch.memory import gib
+from quantbatch.model.footprint import DType, weigh, weight_dtype
+from quantbatch.model.headers import few
+from quantbatch.model.memory import gib
 from quantbatch.spec import FourBit, Int8, Unquantized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from quantbatch.checkpoint import Checkpoint
+    from quantbatch.model.checkpoint import Checkpoint
     from quantbatch.spec import Model
 
 logger = logging.getLogger(__name__)

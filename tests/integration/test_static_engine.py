@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from quantbatch.checkpoint import open_checkpoint
 from quantbatch.engine import static
 from quantbatch.engine.static import Cut, StaticEngine, find_stop, uniform_numbers
+from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.records import Completion, FinishReason, Request, RequestId
 from quantbatch.spec import Model, Sampling
 from quantbatch.weights.bnb import load

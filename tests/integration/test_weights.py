@@ -14,10 +14,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from quantbatch.checkpoint import open_checkpoint
 from quantbatch.errors import DoesNotFit, ModelError
-from quantbatch.footprint import kv_shape, weigh
-from quantbatch.memory import plan_memory
+from quantbatch.model.checkpoint import open_checkpoint
+from quantbatch.model.footprint import kv_shape, weigh
+from quantbatch.model.memory import plan_memory
 from quantbatch.spec import FourBit, Int8, Model, Unquantized
 from quantbatch.weights import bnb
 from quantbatch.weights.bnb import LoadedModel, load, resolve

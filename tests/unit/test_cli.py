@@ -20,13 +20,13 @@ import quantbatch
 from quantbatch.cli import app
 from quantbatch.console import one_line, plain, size
 from quantbatch.errors import InputError, JobError, Refused, Stopped
+from quantbatch.input.listing import list_input
+from quantbatch.input.sources import read_slice
 from quantbatch.ledger import commit_chunk, publish_shard
-from quantbatch.listing import list_input
 from quantbatch.preflight import Job, prepare
 from quantbatch.records import Completion, Counts, FinishReason, ReplicaStats, RequestId
 from quantbatch.report import Outcome, RunFigures, RunReport
 from quantbatch.rows import ChunkFacts, answered, rendered, row_ids, with_facts
-from quantbatch.sources import read_slice
 from quantbatch.specfile import load_spec
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from quantbatch.records import Chunk
     from quantbatch.storage import Store
 
-from quantbatch import listing
+from quantbatch.input import listing
 
 
 def make_spec(folder: Path, **changes: Any) -> JobSpec:

@@ -12,14 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from quantbatch import listing, rows, sources
+from quantbatch import rows
 from quantbatch.comparison import MAX_SEARCHES
 from quantbatch.errors import InputError
+from quantbatch.input import listing, sources
+from quantbatch.input.sources import read_slice
 from quantbatch.ledger import Ledger, commit_chunk, publish_shard
 from quantbatch.plan import make_plan
 from quantbatch.records import Completion, Failure, FinishReason, RequestId
 from quantbatch.reread import WINDOW
-from quantbatch.sources import read_slice
 from quantbatch.spec import JobSpec
 from quantbatch.verify import Verdict, verify
 

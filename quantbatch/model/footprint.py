@@ -19,15 +19,15 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from quantbatch.checkpoint import stored_quantization
 from quantbatch.errors import ModelError
+from quantbatch.model.checkpoint import stored_quantization
 from quantbatch.spec import FourBit, Int8, Unquantized
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from quantbatch.checkpoint import Checkpoint
-    from quantbatch.headers import TensorInfo
+    from quantbatch.model.checkpoint import Checkpoint
+    from quantbatch.model.headers import TensorInfo
     from quantbatch.spec import Model, Quantization
 
 DType = Literal["bfloat16", "float16", "float32"]

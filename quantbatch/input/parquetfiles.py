@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quantbatch.errors import InputError, RowError
-from quantbatch.schemas import plain_schema
+from quantbatch.input.schemas import plain_schema
 
 if TYPE_CHECKING:
     from quantbatch.records import Slice

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from quantbatch.errors import ModelError
-from quantbatch.headers import TensorInfo, no_safetensors, read_header, shard_names
+from quantbatch.model.headers import TensorInfo, no_safetensors, read_header, shard_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantbatch.checkpoint import Checkpoint
 from quantbatch.errors import DoesNotFit, ModelError
-from quantbatch.footprint import (
+from quantbatch.model.checkpoint import Checkpoint
+from quantbatch.model.footprint import (
     Part,
     activation_bytes,
     dequantized_bytes,
@@ -24,8 +24,8 @@ from quantbatch.footprint import (
     weigh,
     weight_dtype,
 )
-from quantbatch.headers import TensorInfo
-from quantbatch.memory import MAX_BATCH_SIZE, MemoryPlan, plan_memory
+from quantbatch.model.headers import TensorInfo
+from quantbatch.model.memory import MAX_BATCH_SIZE, MemoryPlan, plan_memory
 from quantbatch.spec import FourBit, Int8, Model
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from quantbatch.errors import RowError
-from quantbatch.textfiles import not_utf8
+from quantbatch.input.textfiles import not_utf8
 
 if TYPE_CHECKING:
-    from quantbatch.textfiles import Record, TextFile
+    from quantbatch.input.textfiles import Record, TextFile
 
 _MAX_DEPTH = 16
 """Objects and lists nested deeper than this are JSON text: Python's recursion, and readers of

@@ -85,7 +85,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _tokenizer_class(folder: Path) -> Any:  # noqa: ANN401 - classes of transformers
-    """Return the class to load with: AutoTokenizer, unless the folder says what that would choose."""
+    """Return AutoTokenizer, or what it would choose where the folder says so itself."""
     config = folder / "tokenizer_config.json"
     if config.is_file() and json.loads(config.read_bytes()).get("tokenizer_class") == _GENERAL:
         from transformers import TokenizersBackend

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from quantbatch import listing, storage
+from quantbatch import storage
 from quantbatch.errors import InputError
-from quantbatch.formats import format_of
-from quantbatch.listing import Listing, input_root, list_input, partition_of, would_list
+from quantbatch.input import listing
+from quantbatch.input.formats import format_of
+from quantbatch.input.listing import Listing, input_root, list_input, partition_of, would_list
 from quantbatch.spec import Input
 
 

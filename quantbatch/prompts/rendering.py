@@ -24,9 +24,9 @@ from jinja2 import TemplateError
 from typing_extensions import override
 
 from quantbatch.errors import ModelError, RowError, SpecError
+from quantbatch.prompts.templates import RowTemplate, check_columns, missing_column
+from quantbatch.prompts.tokens import ControlTokens, Encoder, MarkedText
 from quantbatch.records import from_token_lists
-from quantbatch.templates import RowTemplate, check_columns, missing_column
-from quantbatch.tokens import ControlTokens, Encoder, MarkedText
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from quantbatch import spec
-    from quantbatch.tokens import Conversation, TooLong
+    from quantbatch.prompts.tokens import Conversation, TooLong
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 """Roles that messages of a column may have, besides those that the chat template itself names. With

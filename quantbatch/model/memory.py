@@ -14,17 +14,17 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from quantbatch import footprint
-from quantbatch.checkpoint import stored_quantization
 from quantbatch.errors import DoesNotFit
-from quantbatch.footprint import ITEM_BYTES, Part, kv_shape, weigh, weight_dtype
+from quantbatch.model import footprint
+from quantbatch.model.checkpoint import stored_quantization
+from quantbatch.model.footprint import ITEM_BYTES, Part, kv_shape, weigh, weight_dtype
 from quantbatch.spec import FourBit, Int8, Unquantized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from quantbatch.checkpoint import Checkpoint
-    from quantbatch.footprint import KvShape, Weights
+    from quantbatch.model.checkpoint import Checkpoint
+    from quantbatch.model.footprint import KvShape, Weights
     from quantbatch.spec import Model
 
 CUDA_CONTEXT_BYTES = 512 * 2**20

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.visitor import NodeTransformer
 
-from quantbatch import sandbox
 from quantbatch.errors import JobError, RowError, SpecError
+from quantbatch.prompts import sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from quantbatch.errors import InputError, StorageError
-from quantbatch.listing import partition_of
-from quantbatch.sources import read_slice
+from quantbatch.input.listing import partition_of
+from quantbatch.input.sources import read_slice
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -23,7 +23,7 @@ from urllib.parse import unquote
 from fsspec.utils import glob_translate
 
 from quantbatch.errors import InputError, StorageError
-from quantbatch.formats import ENDINGS, format_of, has_known_ending
+from quantbatch.input.formats import ENDINGS, format_of, has_known_ending
 from quantbatch.spec import Storage
 from quantbatch.storage import FileInfo, LocalStore, Store, open_store, redact
 

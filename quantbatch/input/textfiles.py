@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import pyarrow as pa
 
 from quantbatch.errors import InputError, RowError
-from quantbatch.formats import codec_of
-from quantbatch.schemas import check_names
+from quantbatch.input.formats import codec_of
+from quantbatch.input.schemas import check_names
 
 if TYPE_CHECKING:
     from quantbatch.records import Slice

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typing_extensions import override
 
-from quantbatch.checkpoint import SAMPLE_BYTES, Checkpoint, open_checkpoint
 from quantbatch.errors import ModelError
-from quantbatch.headers import SINGLE_FILE, TensorInfo
+from quantbatch.model.checkpoint import SAMPLE_BYTES, Checkpoint, open_checkpoint
+from quantbatch.model.headers import SINGLE_FILE, TensorInfo
 from quantbatch.spec import FourBit, Int8, Model, Unquantized
 
 if TYPE_CHECKING:
@@ -525,11 +525,11 @@ def test_a_server_that_never_answers_is_given_up(
 
     import huggingface_hub.constants as constants
 
-    import quantbatch.hub
+    import quantbatch.model.hub
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(quantbatch.hub, "TIMEOUT_S", 0.2)
+        monkeypatch.setattr(quantbatch.model.hub, "TIMEOUT_S", 0.2)
         assert "can't be reached (ReadTimeout" in refusal("org/model")
 
 
@@ -575,7 +575,7 @@ def test_a_repository_of_pickles_is_refused(hub: FakeHub) -> None:
 
 def test_describing_and_planning_import_neither_torch_nor_transformers() -> None:
     program = (
-        "import sys, quantbatch.checkpoint, quantbatch.memory;"
+        "import sys, quantbatch.model.checkpoint, quantbatch.model.memory;"
         "print({'torch', 'transformers', 'ray', 'huggingface_hub'} & set(sys.modules))"
     )
     done = subprocess.run(

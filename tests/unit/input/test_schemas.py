@@ -4,8 +4,8 @@ import pyarrow as pa
 import pytest
 
 from quantbatch.errors import InputError
-from quantbatch.listing import InputFile, partition_of
-from quantbatch.schemas import plain_schema, plain_type, unify_schemas
+from quantbatch.input.listing import InputFile, partition_of
+from quantbatch.input.schemas import plain_schema, plain_type, unify_schemas
 
 
 def file(name: str) -> InputFile:

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from quantbatch import keys, sources
 from quantbatch.errors import InputError
-from quantbatch.keys import KeyBatch, check_unique, refuse_duplicates
-from quantbatch.listing import list_input
+from quantbatch.input import keys, sources
+from quantbatch.input.keys import KeyBatch, check_unique, refuse_duplicates
+from quantbatch.input.listing import list_input
 from quantbatch.records import Chunk, Slice
 from quantbatch.spec import Input
 

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from quantbatch import tokens
 from quantbatch.errors import ModelError, SpecError
-from quantbatch.prompts import Renderer, check_prompt, row_seed
+from quantbatch.prompts import tokens
+from quantbatch.prompts.rendering import Renderer, check_prompt, row_seed
+from quantbatch.prompts.tokens import load_tokenizer
 from quantbatch.spec import Message, Prompt
-from quantbatch.tokens import load_tokenizer
 
 Tokenizer = PreTrainedTokenizerBase
 USER = Prompt(template="{{ text }}")

@@ -16,7 +16,7 @@ import pyarrow as pa
 from quantbatch.errors import InputError
 
 if TYPE_CHECKING:
-    from quantbatch.listing import InputFile
+    from quantbatch.input.listing import InputFile
 
 
 def unify_schemas(files: Iterable[tuple[InputFile, pa.Schema]]) -> pa.Schema:

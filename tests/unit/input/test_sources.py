@@ -19,11 +19,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from quantbatch import jsonlines, parquetfiles, sources, textfiles
 from quantbatch.errors import InputError, StorageError
-from quantbatch.listing import InputFile, Listing, list_input, partition_of
+from quantbatch.input import jsonlines, parquetfiles, sources, textfiles
+from quantbatch.input.listing import InputFile, Listing, list_input, partition_of
+from quantbatch.input.sources import (
+    FileFacts,
+    SliceRows,
+    inspect,
+    mark_before,
+    read_slice,
+    unify_schemas,
+)
 from quantbatch.records import Slice
-from quantbatch.sources import FileFacts, SliceRows, inspect, mark_before, read_slice, unify_schemas
 from quantbatch.spec import Input
 from quantbatch.storage import FileInfo, LocalStore, Store
 

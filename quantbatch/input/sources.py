@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 
 from quantbatch.errors import InputError, JobError, RowError, StorageError
-from quantbatch.formats import Format, format_of
-from quantbatch.jsonlines import Row, infer_schema, parse, read_json
-from quantbatch.parquetfiles import ParquetCursor, parquet_facts, without_bad_text
-from quantbatch.schemas import unify_schemas
-from quantbatch.textfiles import Mark, TextCursor, TextFile, read_csv
+from quantbatch.input.formats import Format, format_of
+from quantbatch.input.jsonlines import Row, infer_schema, parse, read_json
+from quantbatch.input.parquetfiles import ParquetCursor, parquet_facts, without_bad_text
+from quantbatch.input.schemas import unify_schemas
+from quantbatch.input.textfiles import Mark, TextCursor, TextFile, read_csv
 
 if TYPE_CHECKING:
-    from quantbatch.listing import InputFile, Partition
+    from quantbatch.input.listing import InputFile, Partition
     from quantbatch.records import Slice
     from quantbatch.spec import Input
     from quantbatch.storage import Store

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantbatch import sandbox, templates
 from quantbatch.errors import RowError, SpecError
-from quantbatch.templates import RowTemplate, check_columns
+from quantbatch.prompts import sandbox, templates
+from quantbatch.prompts.templates import RowTemplate, check_columns
 
 WHERE = "prompt.template"
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantbatch import hub
 from quantbatch.errors import ModelError
-from quantbatch.headers import INDEX_FILE, Header, TensorInfo, read_headers, read_json
+from quantbatch.model import hub
+from quantbatch.model.headers import INDEX_FILE, Header, TensorInfo, read_headers, read_json
 from quantbatch.spec import FourBit, Int8, Unquantized
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Rows to token ids: templates, the model's chat template, the tokenizer, the length policy."""
