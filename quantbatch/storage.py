@@ -180,19 +180,23 @@ class LocalStore:
 
     def put(self, key: str, data: bytes) -> None:
         """See `Store`."""
-        with _explained(self.uri), self._scratch(key, data) as scratch:
+        with _explained(self.uri, writing=True), self._scratch(key, data) as scratch:
             scratch.replace(self._path(key))
             _sync_folder(self._path(key).parent)
 
     def put_file(self, key: str, path: Path) -> None:
         """See `Store`."""
-        with _explained(self.uri), path.open("rb") as source, self._scratch(key, source) as scratch:
+        with (
+            _explained(self.uri, writing=True),
+            path.open("rb") as source,
+            self._scratch(key, source) as scratch,
+        ):
             scratch.replace(self._path(key))
             _sync_folder(self._path(key).parent)
 
     def claim(self, key: str, data: bytes) -> bytes:
         """See `Store`; a hard link fails if its name exists, on NFS too."""
-        with _explained(self.uri):
+        with _explained(self.uri, writing=True):
             with contextlib.suppress(FileExistsError), self._scratch(key, data) as scratch:
                 os.link(scratch, self._path(key))
                 _sync_folder(self._path(key).parent)
@@ -375,8 +379,13 @@ class _ExplainedReads(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def _explained(uri: str) -> Iterator[None]:
-    """Turn what file systems and botocore raise into one StorageError with a remedy."""
+def _explained(uri: str, *, writing: bool = False) -> Iterator[None]:
+    """Turn what file systems and botocore raise into one StorageError with a remedy.
+
+    Args:
+        uri: The store, for the message.
+        writing: Whether a missing file is an error like others: a folder that can't be made.
+    """
     try:
         yield
     except FileNotFoundError as error:
@@ -384,6 +393,8 @@ def _explained(uri: str) -> Iterator[None]:
             raise StorageError(
                 f"{redact(uri)}: there is no such bucket", "create it, or correct the uri"
             ) from error
+        if writing:
+            raise StorageError(f"{redact(uri)}: {error}", "choose another folder") from error
         raise
     except PermissionError as error:
         raise StorageError(

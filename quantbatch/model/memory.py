@@ -2,7 +2,8 @@
 
     total = weights + KV cache + workspace + overhead + reserve
 
-The first three are computed from shapes by `footprint`; overhead is the CUDA context, and the
+The first three are computed from shapes by `footprint`; overhead is what a process
+takes besides tensors (on a card, the CUDA context), and the
 reserve is for fragmentation. All of it is arithmetic, so a job that can't run is refused before
 anybody waits for a card, with what would help. Here it is planned for an engine that pads: the rows
 of a group all take the room of the longest.
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 CUDA_CONTEXT_BYTES = 512 * 2**20
 """CUDA context with cuBLAS: 0.49 GiB in an out-of-memory report from a 4090 (14.56 GiB in the
 process, 14.07 of them known to torch)."""
+CPU_PROCESS_BYTES = 256 * 2**20
+"""What a process on a CPU grows by besides tensors: code of libraries that are first used, pages of
+the mapped checkpoint, what malloc keeps. 208 MiB with the quickstart's model; 250 to 760 while
+200 MiB of weights are quantized (measured). On a CPU a plan is a guide, not a promise."""
 RESERVE = 0.05
 """Share of KV cache and workspace that is lost to rounding and fragmentation; weights are allocated
 once. Placeholder, not measured."""
@@ -134,7 +139,7 @@ class _Load:
             kv_bytes_per_token=shape.bytes_per_token,
             kv_bytes=kv_bytes,
             workspace_bytes=workspace_bytes,
-            overhead_bytes=0 if self.device_bytes is None else CUDA_CONTEXT_BYTES,
+            overhead_bytes=CPU_PROCESS_BYTES if self.device_bytes is None else CUDA_CONTEXT_BYTES,
             reserve_bytes=math.ceil(RESERVE * (kv_bytes + workspace_bytes)),
             batch_size=rows,
             device_bytes=self.device_bytes,

@@ -147,6 +147,11 @@ def test_unwritable_output_is_one_clear_error(unwritable: Path) -> None:
     assert caught.value.hint
 
 
+def test_a_folder_that_cannot_be_made_is_one_clear_error() -> None:
+    with pytest.raises(StorageError, match="proc"):
+        probe(open_store("/proc/nowhere", Storage()))
+
+
 def test_unknown_scheme() -> None:
     with pytest.raises(StorageError, match="gopher"):
         open_store("gopher://x/y", Storage())
