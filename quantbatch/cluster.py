@@ -39,8 +39,9 @@ _SETTINGS: dict[str, Any] = {
     "print_on_execution_start": False,
     "enable_auto_log_stats": False,
 }
+READER_CPUS = 0.5
 LIGHT_TASK_CPUS = 1.0
-"""CPU cores that reading, committing and publishing take beside the replicas."""
+"""CPU cores that readers need beside replicas on CPUs; at least one reader must have room."""
 
 
 @dataclass
@@ -178,7 +179,7 @@ def _device(cluster: Cluster) -> str:
     return "cpu"
 
 
-def reader_options(spec: JobSpec) -> dict[str, Any]:
+def reader_options(spec: JobSpec, device: str) -> dict[str, Any]:
     """Return the arguments of `map_batches` for the pool of readers.
 
     They are actors because each loads a tokenizer, which takes seconds; tasks would do so in every
@@ -186,16 +187,29 @@ def reader_options(spec: JobSpec) -> dict[str, Any]:
     """
     replicas = spec.cluster.replicas
     most = replicas if isinstance(replicas, int) else replicas.max
-    size = max(1, min(most, int(ray.cluster_resources()["CPU"]) // 2))
-    return {**_ONE_CHUNK, "num_cpus": 0.5, "compute": ActorPoolStrategy(size=size)}
+    taken = 0.0 if device == "cuda" else most * spec.cluster.cpus_per_replica
+    spare = ray.cluster_resources().get("CPU", 1.0) - taken
+    size = max(1, min(most, int(spare)))
+    return {
+        **_ONE_CHUNK,
+        **_restarts(spec),
+        "num_cpus": READER_CPUS,
+        "compute": ActorPoolStrategy(size=size),
+    }
 
 
-def committer_options() -> dict[str, Any]:
+def committer_options(spec: JobSpec) -> dict[str, Any]:
     """Return the arguments of `map_batches` for the process that commits, in several threads."""
     pool = ActorPoolStrategy(
         size=1, max_concurrent_calls_per_actor=COMMITS_AT_ONCE, enable_true_multi_threading=True
     )
-    return {**_ONE_CHUNK, "num_cpus": 0.25, "compute": pool}
+    # It asks for no CPU: what makes work count must never wait behind what makes work.
+    return {**_ONE_CHUNK, **_restarts(spec), "num_cpus": 0, "compute": pool}
+
+
+def _restarts(spec: JobSpec) -> dict[str, Any]:
+    """Return how often a process is started again: always; and a chunk tried that it died under."""
+    return {"max_restarts": -1, "max_task_retries": spec.limits.attempts - 1}
 
 
 def replica_options(spec: JobSpec, device: str) -> dict[str, Any]:
@@ -221,9 +235,7 @@ def replica_options(spec: JobSpec, device: str) -> dict[str, Any]:
             max_tasks_in_flight_per_actor=cluster.chunks_in_flight,
             max_concurrent_calls_per_actor=cluster.chunks_in_flight,
         ),
-        # A replica that dies is started again; a chunk that keeps killing replicas ends the run.
-        "max_restarts": -1,
-        "max_task_retries": spec.limits.attempts - 1,
+        **_restarts(spec),
     }
 
 
@@ -235,7 +247,7 @@ def explained(spec: JobSpec) -> Iterator[None]:
     except ray.exceptions.RayActorError as error:
         times = spec.limits.attempts
         raise Stopped(
-            f"a replica died {times} times under the same chunk: {_first_line(error)}",
+            f"a process of the job died {times} times under the same chunk: {_first_line(error)}",
             "often the machine's memory; the same command continues with the chunks that are left",
         ) from error
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:

@@ -90,6 +90,15 @@ class Stopped(JobError):
     exit_code = 75
 
 
+def in_the_end(exit_code: int, problem: str, hint: str) -> JobError:
+    """Return the error that ends a run for trouble that one of Ray's processes reported."""
+    if exit_code == DoesNotFit.exit_code:
+        return DoesNotFit(problem, hint)
+    if exit_code == Stopped.exit_code:
+        return Stopped(problem, hint)
+    return ModelError(problem, hint)
+
+
 class RowError(Exception):
     """What is wrong with one row; it becomes that row's result.
 

@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,6 +82,9 @@ def commit_key(chunk: int) -> str:
 def shard_key(shard: int) -> str:
     """Key of a published shard's record."""
     return f"{PRIVATE}/shards/{shard:06d}.json"
+
+
+RecordT = TypeVar("RecordT", "Commit", "Published")
 
 
 class OutputFormat(NamedTuple):
@@ -150,11 +153,17 @@ def commit_chunk(store: Store, chunk: int, answered: pa.Table, target: OutputFor
     store.put(data_key(chunk, attempt), data)
     counts = row_layout.counts_of(answered)
     ours = Commit(chunk, attempt, facts.rows, hashlib.sha256(data).hexdigest(), counts)
-    theirs = Commit.from_bytes(store.claim(commit_key(chunk), ours.to_bytes()))
+    theirs = _record(Commit, store.claim(commit_key(chunk), ours.to_bytes()))
     if theirs.attempt != attempt:
         # The record is never replaced, so nothing will ever refer to our file.
         store.delete(data_key(chunk, attempt))
-    return Receipt(chunk, facts.shard, theirs.counts, replica=facts.replica)
+    return Receipt(
+        chunk,
+        facts.shard,
+        theirs.counts,
+        unreadable=facts.unreadable,
+        replica=facts.replica,
+    )
 
 
 def publish_shard(
@@ -164,7 +173,7 @@ def publish_shard(
 
     Idempotent: what it writes depends on the commit records only.
     """
-    commits = [Commit.from_bytes(store.read(commit_key(chunk))) for chunk in chunks]
+    commits = [_record(Commit, store.read(commit_key(chunk))) for chunk in chunks]
     assert sum(commit.rows for commit in commits) == shard.rows, f"rows of shard {shard.id}"
     # Checksums, so that a byte that flips on a disk is noticed when it is read.
     options = {"compression": target.compression, "write_page_checksum": True}
@@ -181,13 +190,27 @@ def publish_shard(
 
 
 def _committed_rows(store: Store, commit: Commit) -> pa.Table:
-    data = store.read(data_key(commit.chunk, commit.attempt))
+    try:
+        data = store.read(data_key(commit.chunk, commit.attempt))
+    except FileNotFoundError:
+        data = b""
     if hashlib.sha256(data).hexdigest() != commit.sha256:
         raise Refused(
             f"{redact(store.uri)}/{data_key(commit.chunk, commit.attempt)}: not what was committed",
-            f"the file was damaged; delete it and {commit_key(commit.chunk)}, and run again",
+            f"it is damaged or gone; delete it and {commit_key(commit.chunk)}, and run again",
         )
     return pq.read_table(pa.BufferReader(data))
+
+
+def _record(kind: type[RecordT], data: bytes) -> RecordT:
+    """Read one of our own records."""
+    try:
+        return kind.from_bytes(data)
+    except (ValueError, TypeError, KeyError) as error:
+        raise Refused(
+            f"a {kind.__name__} record under {PRIVATE} is damaged: {data[:80]!r}",
+            "delete it and run again: its chunk or shard is then done again",
+        ) from error
 
 
 def _grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -236,15 +259,19 @@ class Ledger:
             ledger._load_progress(ledger.plan)
         return ledger
 
-    def freeze(self, plan: Plan) -> None:
-        """Make the output ours and add a generation to its plan; a rival's claim counts if it was
-        first.
+    def freeze(self, plan: Plan) -> bool:
+        """Make the output ours and add a generation to its plan.
+
+        Returns:
+            Whether this is the plan now; not if a rival driver was first with another one.
         """
-        store = self.store
-        job = json.loads(store.claim(JOB, _json(self._job_record())))
-        _refuse_other_job(store, job, self.identity)
-        store.claim(plan_key(self.generations), plan.to_bytes())
+        job = json.loads(self.store.claim(JOB, _json(self._job_record())))
+        _refuse_other_job(self.store, job, self.identity)
+        ours = plan.to_bytes()
+        if self.store.claim(plan_key(self.generations), ours) != ours:
+            return False
         self._load_plan()
+        return True
 
     def undone(self) -> Iterator[Chunk]:
         """Yield the chunks that no commit record names, in input order."""
@@ -285,11 +312,14 @@ class Ledger:
     @property
     def finished(self) -> bool:
         """Tell whether every shard of the plan is published."""
-        return self.plan is not None and len(self.published) == len(self.plan.shards)
+        shards = self.plan.shards if self.plan else ()
+        return bool(shards) and all(shard.id in self.published for shard in shards)
 
     def succeed(self) -> None:
-        """Tell readers that all of the input is answered."""
+        """Tell readers that all of the input is answered, unless the plan has grown meanwhile."""
         assert self.finished
+        if sum(1 for _ in self.store.list(f"{PRIVATE}/plan")) > self.generations:
+            return
         files = [
             {"file": shard.key, "rows": shard.counts.rows}
             for shard in sorted(self.published.values())
@@ -343,16 +373,19 @@ class Ledger:
 
     def _load_progress(self, plan: Plan) -> None:
         for data in self._read_all(f"{PRIVATE}/shards", lambda _: True):
-            shard = Published.from_bytes(data)
-            self.published[shard.shard] = shard
+            shard = _record(Published, data)
+            if shard.shard < len(plan.shards):  # a rival may be ahead with a further generation
+                self.published[shard.shard] = shard
         done = {c for s in plan.shards if s.id in self.published for c in plan.chunks_of(s)}
         for data in self._read_all(f"{PRIVATE}/commits", lambda chunk: chunk not in done):
-            commit = Commit.from_bytes(data)
-            self.commits[commit.chunk] = commit.counts
+            commit = _record(Commit, data)
+            if commit.chunk < plan.chunks:
+                self.commits[commit.chunk] = commit.counts
 
     def _read_all(self, prefix: str, wanted: Callable[[int], bool]) -> Iterator[bytes]:
         """Read the records under a prefix whose numbers are wanted, several at once."""
-        keys = [i.key for i in self.store.list(prefix) if wanted(int(PurePosixPath(i.key).stem))]
+        names = ((i.key, PurePosixPath(i.key).stem) for i in self.store.list(prefix))
+        keys = [key for key, name in names if name.isdigit() and wanted(int(name))]
         with ThreadPoolExecutor(READS_AT_ONCE, "records") as pool:
             yield from pool.map(self.store.read, keys)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 import ray.data
 
 from quantbatch import cluster, stages
-from quantbatch.errors import Stopped
+from quantbatch.errors import Stopped, StorageError, in_the_end
 from quantbatch.ledger import publish_shard
 from quantbatch.preflight import Job, prepare
 from quantbatch.progress import Silent
@@ -63,18 +63,16 @@ def run(spec: JobSpec, *, extend: bool = False, progress: Progress | None = None
         return _report(job, figures, nothing_to_do=True)
 
     probe(job.ledger.store)
-    if job.new_generation is not None:
-        job.ledger.freeze(job.new_generation)
+    if job.new_generation is not None and not job.ledger.freeze(job.new_generation):
+        return run(spec, extend=extend, progress=progress)  # a rival's plan was first: look again
     with (
         _Publisher(job) as publisher,
         contextlib.closing(_receipts(job, figures, progress)) as receipts,
     ):
         for receipt in receipts:
-            if receipt.fatal:
-                raise Stopped(receipt.failure, "that mended, the same command continues")
-            if receipt.failure:
-                job.unreadable[f"chunk {receipt.chunk}"] = receipt.failure
-                continue
+            if receipt.trouble:
+                raise in_the_end(*receipt.trouble)
+            job.unreadable.update(receipt.unreadable)
             figures.record(receipt)
             publisher.publish(*job.ledger.record(receipt))
             progress.committed(receipt, figures)
@@ -105,7 +103,7 @@ def _dataset(job: Job, items: list[dict[str, str]], device: str) -> ray.data.Dat
         .map_batches(
             stages.Reader,
             fn_constructor_args=[job.read_job],
-            **cluster.reader_options(job.spec),
+            **cluster.reader_options(job.spec, device),
         )
         .map_batches(
             Replica,
@@ -115,7 +113,7 @@ def _dataset(job: Job, items: list[dict[str, str]], device: str) -> ray.data.Dat
         .map_batches(
             stages.Committer,
             fn_constructor_args=[job.ledger.store, job.target],
-            **cluster.committer_options(),
+            **cluster.committer_options(job.spec),
         )
     )
 
@@ -156,13 +154,19 @@ class _Publisher:
         done = [future for future in self._under_way if future.done()]
         self._under_way = [future for future in self._under_way if future not in done]
         for future in done:
-            self._job.ledger.record_published(future.result())
+            try:
+                self._job.ledger.record_published(future.result())
+            except StorageError as error:
+                raise Stopped(error.problem, error.hint) from error
 
 
 def _report(job: Job, figures: RunFigures, *, nothing_to_do: bool = False) -> RunReport:
     """Close the job if all of its input is answered, and say how it stands."""
     ledger = job.ledger
-    if ledger.finished and not job.unreadable and not nothing_to_do:
+    if not ledger.finished:
+        left = sum(1 for _ in ledger.undone())
+        raise Stopped(f"{left:,} chunks were not answered", "the same command continues the job")
+    if not job.missing and not nothing_to_do:
         ledger.succeed()
     figures.total_s = figures.elapsed_s
     report = RunReport(
@@ -182,7 +186,7 @@ def _report(job: Job, figures: RunFigures, *, nothing_to_do: bool = False) -> Ru
 def _outcome(job: Job, *, nothing_to_do: bool) -> Outcome:
     counts = job.ledger.counts
     wrong = counts.error + counts.invalid
-    if job.unreadable:
+    if job.unreadable or counts.unread:
         return Outcome.INPUT_UNREADABLE
     if wrong > job.spec.limits.max_error_rate * counts.rows:
         return Outcome.TOO_MANY_ERRORS

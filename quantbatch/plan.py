@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from quantbatch.errors import InputError
-from quantbatch.input import sources
+from quantbatch.input import listing, sources
 from quantbatch.records import Chunk, Slice
 
 if TYPE_CHECKING:
@@ -139,6 +139,13 @@ class Plan:
         return planned | dict(self.without_rows)
 
     @property
+    def partition_keys(self) -> tuple[str, ...]:
+        """Names of the columns that come from folders."""
+        folders = self.slices["partition"].unique().to_pylist()
+        pairs = (pair for folder in folders for pair in listing.partition_of(f"{folder}/file"))
+        return tuple(dict.fromkeys(key for key, _ in pairs))
+
+    @property
     def unreadable(self) -> dict[str, str]:
         """Files that could not be read, with the reason."""
         return {name: file.problem for name, file in self.without_rows.items() if file.problem}
@@ -215,19 +222,43 @@ def make_plan(spec: JobSpec, listing: Listing, *, after: Plan | None = None) -> 
     """
     facts, without_rows = _inspect(spec, listing)
     readable = {file: found for file, found in facts.items() if found.rows}
-    schema = (
-        after.schema
-        if after
-        else sources.unify_schemas(
-            [(file, found.schema) for file, found in (readable or facts).items()]
-        )
-    )
+    found_schemas = [(file, found.schema) for file, found in (readable or facts).items()]
+    schema = _frozen_schema(found_schemas, after) if after else sources.unify_schemas(found_schemas)
     rows = sum(found.rows for found in readable.values())
     per_chunk = after.rows_per_chunk if after else _rows_per_chunk(spec, rows)
     shards = _shards(readable, spec.output.rows_per_part)
     first = (len(after.shards), after.chunks) if after else (0, 0)
     slices = _slices(shards, readable, per_chunk, first)
     return Plan(listing.store.uri, schema, per_chunk, slices, without_rows)
+
+
+def _frozen_schema(files: Sequence[tuple[InputFile, pa.Schema]], first: Plan) -> pa.Schema:
+    """Return the frozen schema, if later files go with it: an output has one schema for ever."""
+    for file, columns in files:
+        for column in sources.unify_schemas([(file, columns)]):
+            index = first.schema.get_field_index(column.name)
+            expected = first.schema.field(index).type if index >= 0 else "absent"
+            if index < 0 or not _fits(column.type, expected):
+                raise InputError(
+                    f"{file.name}: its column {column.name!r} is {column.type}, and in the input "
+                    f"as it was first planned it is {expected}",
+                    "leave the file out, or answer it with another output.uri",
+                )
+        if {key for key, _ in file.partition} != set(first.partition_keys):
+            raise InputError(
+                f"{file.name}: its key=value folders differ from those of the files planned first",
+                "leave the file out, or answer it with another output.uri",
+            )
+    return first.schema
+
+
+def _fits(later: pa.DataType, first: pa.DataType) -> bool:
+    """Tell whether every value of a later file's type is one of the frozen type."""
+    pair = [pa.schema([("x", first)]), pa.schema([("x", later)])]
+    try:
+        return bool(pa.unify_schemas(pair, promote_options="permissive").field("x").type == first)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return False
 
 
 def _inspect(

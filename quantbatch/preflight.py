@@ -24,7 +24,7 @@ from quantbatch.stages import ReadJob
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from quantbatch.input.listing import Listing
+    from quantbatch.input.listing import InputFile, Listing
     from quantbatch.ledger import OutputFormat
     from quantbatch.model.checkpoint import Checkpoint
     from quantbatch.model.memory import MemoryPlan
@@ -50,15 +50,19 @@ class Job:
     max_input_tokens: int
     kept: tuple[str, ...]
     target: OutputFormat
+    root: str
+    """The input's root as it is now; a moved job finds its input in the new place."""
+    missing: bool
+    """Whether there are input files that could not be planned: their rows have no answers."""
     unreadable: dict[str, str]
-    """Input files that are there and can't be read, with the reason."""
+    """Input files that are there and can't be read, with the reason; a run adds what it finds."""
 
     @property
     def read_job(self) -> ReadJob:
         """What the tasks that read and render need to know."""
         return ReadJob(
             self.spec,
-            self.plan.root,
+            self.root,
             self.plan.schema,
             self.kept,
             self.max_input_tokens,
@@ -89,18 +93,40 @@ def prepare(spec: JobSpec, *, extend: bool = False) -> Job:
     max_input_tokens = input_limit(spec, checkpoint)
     fits = _memory(spec, checkpoint, max_input_tokens)
     ledger = Ledger.open(spec, checkpoint.digest)
-    listed = listing.list_input(spec.input)
+    listed = _listing(spec, ledger)
     plan, new = _whole_plan(spec, ledger, listed, extend=extend)
     _check_columns(spec, plan, checkpoint)
-    kept = tuple(rows.kept_columns(spec.output, plan.schema, listed.partition_keys))
+    kept = tuple(rows.kept_columns(spec.output, plan.schema, plan.partition_keys))
     target = ledger.output_format(rows.output_schema(spec, kept, plan.schema))
     if new and spec.input.key:
         keys.check_unique(listed.store, plan, spec.input)
     there = {file.name for file in listed.files}
     unreadable = {name: why for name, why in plan.unreadable.items() if name in there}
     return Job(
-        spec, checkpoint, ledger, plan, new, fits, max_input_tokens, kept, target, unreadable
+        spec=spec,
+        checkpoint=checkpoint,
+        ledger=ledger,
+        plan=plan,
+        new_generation=new,
+        memory=fits,
+        max_input_tokens=max_input_tokens,
+        kept=kept,
+        target=target,
+        root=listed.store.uri,
+        missing=bool(unreadable),
+        unreadable=unreadable,
     )
+
+
+def _listing(spec: JobSpec, ledger: Ledger) -> Listing:
+    try:
+        return listing.list_input(spec.input)
+    except InputError:
+        # The input of a finished job may be gone: there is nothing left to ask of it.
+        if not ledger.succeeded():
+            raise
+        root = storage.open_store(listing.input_root(spec.input.uri), spec.input.storage)
+        return listing.Listing(root, ())
 
 
 def check_places(spec: JobSpec) -> None:
@@ -182,31 +208,39 @@ def _whole_plan(
         if not plan.rows:
             raise _no_rows(plan)
         return plan, plan
-    known = ledger.plan.known_files
-    changed = [
-        f.name
-        for f in listed.files
-        if f.name in known and f.etag != known[f.name].etag and not known[f.name].problem
-    ]
+    planned = {
+        f: k for f, k in ledger.plan.known_files.items() if f not in ledger.plan.without_rows
+    }
+    changed = [f.name for f in listed.files if f.name in planned and f.etag != planned[f.name].etag]
     if changed:
         raise Refused(
             f"{_several(changed)} changed since the job was planned",
             "restore the file, or answer the new one with another output.uri",
         )
-    new = [
-        f
-        for f in listed.files
-        if f.name not in known or (known[f.name].problem and f.etag != known[f.name].etag)
-    ]
+    new = [f for f in listed.files if f.name not in planned and _is_news(f, ledger.plan, extend)]
     if not new:
         return ledger.plan, None
     if not extend:
         raise Refused(
-            f"{_several([f.name for f in new])} came to the input after the job was planned",
+            f"{_several([f.name for f in new])} came or was mended after the job was planned",
             "add --extend to answer the new files too",
         )
     later = make_plan(spec, listed._replace(files=tuple(new)), after=ledger.plan)
+    if (
+        not later.rows
+        and dict(later.without_rows).items() <= dict(ledger.plan.without_rows).items()
+    ):
+        return ledger.plan, None
     return ledger.plan.followed_by(later), later
+
+
+def _is_news(file: InputFile, plan: Plan, extend: bool) -> bool:
+    """Tell whether a file without planned rows is one to look at."""
+    known = plan.without_rows.get(file.name)
+    if known is None or known.etag != file.etag:
+        return True
+    # What was wrong may not have been the file: asked to extend, look again.
+    return extend and bool(known.problem)
 
 
 def _no_rows(plan: Plan) -> InputError:

@@ -144,6 +144,8 @@ class Counts:
     error: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    unread: int = 0
+    """Error rows whose file can't be read, among those of `error`."""
 
     @property
     def rows(self) -> int:
@@ -158,6 +160,14 @@ class Counts:
     def to_json(self) -> dict[str, int]:
         """The counts by name, as manifests and reports write them."""
         return {name: getattr(self, name) for name in Counts.__dataclass_fields__}
+
+
+class Trouble(NamedTuple):
+    """A JobError on its way to the driver; exceptions don't survive Ray's processes whole."""
+
+    exit_code: int
+    problem: str
+    hint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,17 +190,16 @@ class ReplicaStats:
 class Receipt:
     """What became of one chunk.
 
-    Committed (`failure` empty; `counts` are those of the attempt that won), or undone.
+    Committed (`counts` are those of the attempt that won), or undone, because of `trouble`.
     """
 
     chunk: int
     shard: int
     counts: Counts = field(default_factory=Counts)
-    failure: str = ""
-    """Why the chunk is not committed."""
-    fatal: bool = False
-    """The failure concerns not this chunk but the job: a full disk, a model that can't be
-    loaded."""
+    trouble: Trouble | None = None
+    """Why the chunk is not committed: it concerns the job, not the chunk, and ends the run."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Files whose rows could not be read, with the reason; they are error rows."""
     replica: ReplicaStats = field(default_factory=ReplicaStats)
 
     def to_json(self) -> str:
@@ -201,7 +210,11 @@ class Receipt:
     def from_json(cls, text: str) -> Receipt:
         """Read what `to_json` wrote."""
         found = json.loads(text)
-        nested = {"counts": Counts(**found["counts"]), "replica": ReplicaStats(**found["replica"])}
+        nested = {
+            "counts": Counts(**found["counts"]),
+            "replica": ReplicaStats(**found["replica"]),
+            "trouble": found["trouble"] and Trouble(*found["trouble"]),
+        }
         return cls(**found | nested)
 
 

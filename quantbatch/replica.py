@@ -115,12 +115,12 @@ class Replica:
     def __init__(self, job: ReplicaJob) -> None:
         started = time.perf_counter()
         self._spec = job.spec
-        self._broken = ""
+        self._broken: JobError | None = None
         self._stats = ReplicaStats(replica=uuid.uuid4().hex[:8], device=job.device)
         try:
             loaded = load_engine(job)
         except JobError as error:
-            self._broken = str(error)
+            self._broken = error
             return
         self._peak_bytes = loaded.peak_bytes
         self._runner = Runner(loaded.engine)
@@ -133,10 +133,10 @@ class Replica:
         """Answer one chunk; several calls run at once and share the engine's batch."""
         chunk, rows = unpack(block)
         facts = row_layout.facts_of(rows)
-        if facts.failure:
+        if facts.trouble:
             return block
         if self._broken:
-            return pack(chunk, row_layout.failed(facts.shard, self._broken, fatal=True))
+            return pack(chunk, row_layout.failed(facts.shard, self._broken))
         requests = self._requests(chunk, rows)
         answers = await asyncio.wrap_future(self._runner.submit(requests))
         in_order = [answers.get(RequestId(chunk, i)) for i in range(rows.num_rows)]

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from quantbatch.errors import InputError, JobError, SpecError
-from quantbatch.records import Completion, Counts, Failure, ReplicaStats, Status
+from quantbatch.records import Completion, Counts, Failure, ReplicaStats, Status, Trouble
 from quantbatch.tasks import generate
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from quantbatch.spec import JobSpec, Output
 
 KEPT = "in."
+UNREADABLE_FILE = "unreadable_file"
+"""`error_type` of rows whose file was planned and then can't be read."""
 _METADATA_KEY = b"quantbatch"
 
 
@@ -43,10 +45,10 @@ class ChunkFacts:
     shard: int
     rows: int
     """Rows that the plan says."""
-    failure: str = ""
+    trouble: Trouble | None = None
     """Why the chunk could not be answered; its rows are then absent."""
-    fatal: bool = False
-    """The failure concerns the job, not the chunk."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Files whose rows could not be read, with the reason."""
     replica: ReplicaStats = field(default_factory=ReplicaStats)
 
 
@@ -58,12 +60,17 @@ def with_facts(rows: pa.Table, facts: ChunkFacts) -> pa.Table:
 def facts_of(rows: pa.Table) -> ChunkFacts:
     """Return the facts that `with_facts` attached."""
     found = json.loads(rows.schema.metadata[_METADATA_KEY])
-    return ChunkFacts(**{**found, "replica": ReplicaStats(**found["replica"])})
+    nested = {
+        "replica": ReplicaStats(**found["replica"]),
+        "trouble": found["trouble"] and Trouble(*found["trouble"]),
+    }
+    return ChunkFacts(**found | nested)
 
 
-def failed(shard: int, problem: str, *, fatal: bool) -> pa.Table:
+def failed(shard: int, error: JobError) -> pa.Table:
     """Return what stands for a chunk that could not be answered."""
-    return with_facts(pa.table({}), ChunkFacts(shard, 0, problem, fatal))
+    trouble = Trouble(error.exit_code, error.problem, error.hint)
+    return with_facts(pa.table({}), ChunkFacts(shard, 0, trouble))
 
 
 def row_ids(chunk: Chunk) -> pa.Array:
@@ -127,6 +134,7 @@ def counts_of(rows: pa.Table) -> Counts:
     assert set(tally) <= {str(status) for status in Status}, f"unknown status in {tally}"
     return Counts(
         **tally,
+        unread=pc.sum(pc.equal(rows["error_type"], UNREADABLE_FILE)).as_py() or 0,
         prompt_tokens=pc.sum(rows["prompt_tokens"]).as_py() or 0,
         completion_tokens=pc.sum(rows["completion_tokens"]).as_py() or 0,
     )

@@ -6,7 +6,7 @@ its last row is done.
 
 This is also the one place that turns exceptions into rows. When a step fails, the requests that it
 worked on are tried again in halves, apart from all others, until the row that fails alone is found:
-it becomes an error row after at most log2(batch) + 1 further steps, and its neighbours are
+it becomes an error row after at most 2 log2(batch) further steps, and its neighbours are
 answered. Out of memory is handled by the same halves: smaller groups fit.
 """
 
@@ -83,9 +83,16 @@ class Runner:
         return batch.future
 
     def _loop(self) -> None:
-        while True:
-            self._feed()
-            self._step()
+        try:
+            while True:
+                self._feed()
+                self._step()
+        except Exception as error:
+            # Nobody would ever answer what waits here: a new process must.
+            logger.critical("the engine's thread failed", exc_info=True)
+            for batch in {id(batch): batch for batch in self._waiting.values()}.values():
+                batch.future.set_exception(error)
+            self._leave(EXIT_BROKEN_DEVICE)
 
     def _feed(self) -> None:
         """Give the engine what is to be done next: suspects by themselves, all others together."""

@@ -33,7 +33,9 @@ class Storage(Section):
     from here.
     """
 
-    endpoint_url: str | None = Field(None, json_schema_extra=TUNING)
+    endpoint_url: Annotated[str, Field(pattern=r"^https?://[^/\s]+")] | None = Field(
+        None, json_schema_extra=TUNING
+    )
     """Address of an S3-compatible store; null is AWS."""
     region: str | None = Field(None, json_schema_extra=TUNING)
     """Region of the bucket; null takes it from the environment."""
@@ -58,7 +60,7 @@ class Input(Section):
         "auto", json_schema_extra=TUNING
     )
     """Rows that are scheduled, retried and committed together; frozen when the job is first
-    planned. `auto` is 64 to 1,024, so that a small job still has chunks for every replica: after a
+    planned. `auto` is 64 to 2,048, so that a small job still has chunks for every replica: after a
     crash at most this many rows for each chunk in flight are computed again."""
     storage: Storage = Storage()
 

@@ -1,8 +1,8 @@
 """What the pipeline does with a chunk before and after a replica, in Ray actors on CPUs.
 
 Each takes and returns one chunk as `records.pack` makes it. Neither raises for what is wrong with a
-row or a file: a bad row becomes an error row, and a chunk that can't be read or committed a receipt
-that says so.
+row or a file: those become error rows. Trouble with the store or the model travels to the driver in
+a receipt.
 """
 
 from __future__ import annotations
@@ -10,26 +10,25 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from typing_extensions import override
 
 from quantbatch import rows
-from quantbatch.errors import InputError, JobError
+from quantbatch.errors import InputError, JobError, RowError, Stopped, StorageError
 from quantbatch.input import listing, sources
 from quantbatch.ledger import commit_chunk
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.prompts.rendering import Renderer
 from quantbatch.prompts.tokens import load_tokenizer
-from quantbatch.records import Chunk, Receipt, Slice, pack, unpack
+from quantbatch.records import Chunk, Receipt, Slice, Trouble, pack, unpack
 from quantbatch.storage import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from quantbatch.errors import RowError
     from quantbatch.ledger import OutputFormat
     from quantbatch.spec import JobSpec
     from quantbatch.storage import Store
@@ -74,11 +73,10 @@ def read_and_render(item: pa.Table, *, job: ReadJob) -> pa.Table:
     """Read the rows of one chunk and turn them into token ids."""
     chunk = _chunk(item)
     try:
-        table, errors = _read(job, chunk)
-    except InputError as error:
-        return pack(chunk.id, rows.failed(chunk.shard, str(error), fatal=False))
+        table, errors, unreadable = _read(job, chunk)
+        prompts = _renderer(job).render(table)
     except JobError as error:
-        return pack(chunk.id, rows.failed(chunk.shard, str(error), fatal=True))
+        return pack(chunk.id, rows.failed(chunk.shard, _resumable(error)))
     assert table.num_rows == chunk.rows, (
         f"chunk {chunk.id}: read {table.num_rows} of {chunk.rows} rows"
     )
@@ -91,7 +89,8 @@ def read_and_render(item: pa.Table, *, job: ReadJob) -> pa.Table:
     found = rows.rendered(
         table.select(job.kept), ids, prompts.token_ids, {**prompts.errors, **errors}
     )
-    return pack(chunk.id, rows.with_facts(found, rows.ChunkFacts(chunk.shard, chunk.rows)))
+    facts = rows.ChunkFacts(chunk.shard, chunk.rows, unreadable=unreadable)
+    return pack(chunk.id, rows.with_facts(found, facts))
 
 
 class Reader:
@@ -105,19 +104,46 @@ class Reader:
         return read_and_render(item, job=self._job)
 
 
-def _read(job: ReadJob, chunk: Chunk) -> tuple[pa.Table, dict[int, RowError]]:
+class _ReadRows(NamedTuple):
+    """The rows of a chunk."""
+
+    table: pa.Table
+    errors: dict[int, RowError]
+    unreadable: dict[str, str]
+
+
+def _read(job: ReadJob, chunk: Chunk) -> _ReadRows:
     store = _store(job)
     tables: list[pa.Table] = []
     errors: dict[int, RowError] = {}
+    unreadable: dict[str, str] = {}
     before = 0
     for piece in chunk.slices:
-        found = sources.read_slice(
-            store, piece, job.spec.input, job.schema, listing.partition_of(piece.file)
-        )
+        partition = listing.partition_of(piece.file)
+        try:
+            found = sources.read_slice(store, piece, job.spec.input, job.schema, partition)
+        except InputError as error:
+            # A file that was sound when it was planned: its rows are error rows, its neighbours in
+            # the shard are not held up.
+            unreadable[piece.file] = error.problem
+            found = _without_values(piece, job.schema, error)
         tables.append(found.table)
         errors |= {before + row: error for row, error in found.errors.items()}
         before += piece.rows
-    return pa.concat_tables(tables), errors
+    return _ReadRows(pa.concat_tables(tables), errors, unreadable)
+
+
+def _without_values(piece: Slice, schema: pa.Schema, error: InputError) -> sources.SliceRows:
+    nothing = pa.table([pa.nulls(piece.rows, column.type) for column in schema], schema=schema)
+    reason = RowError(rows.UNREADABLE_FILE, error.problem)
+    return sources.SliceRows(nothing, dict.fromkeys(range(piece.rows), reason))
+
+
+def _resumable(error: JobError) -> JobError:
+    """Return trouble with a store as what it is in the middle of a run: a reason to go on later."""
+    if isinstance(error, StorageError):
+        return Stopped(error.problem, error.hint or "the same command continues the job")
+    return error
 
 
 @lru_cache(maxsize=4)
@@ -152,12 +178,15 @@ def commit(block: pa.Table, *, store: Store, target: OutputFormat) -> pa.Table:
     """Commit the answered rows of one chunk and return its receipt."""
     chunk, answered = unpack(block)
     facts = rows.facts_of(answered)
-    receipt = Receipt(chunk, facts.shard, failure=facts.failure, fatal=facts.fatal)
-    if not facts.failure:
+    if facts.trouble:
+        receipt = Receipt(chunk, facts.shard, trouble=facts.trouble)
+    else:
         try:
             receipt = commit_chunk(store, chunk, answered, target)
         except JobError as error:
-            receipt = Receipt(chunk, facts.shard, failure=str(error), fatal=True)
+            ended = _resumable(error)
+            trouble = Trouble(ended.exit_code, ended.problem, ended.hint)
+            receipt = Receipt(chunk, facts.shard, trouble=trouble)
     return pa.table([pa.array([receipt.to_json()], pa.string())], schema=_RECEIPT)
 
 

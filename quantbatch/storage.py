@@ -100,7 +100,9 @@ class Store(Protocol):
 
 def open_store(uri: str, storage: Storage) -> Store:
     """Return the store at a local path, file:// or s3:// URI; opens no connection."""
-    if uri.startswith("s3://"):
+    if uri.startswith("s3:"):
+        if not re.match(r"s3://[^/]", uri):
+            raise StorageError(f"{uri}: names no bucket", "write s3://bucket/prefix")
         return S3Store(uri.rstrip("/"), storage)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
     if scheme and scheme[1] != "file":
@@ -108,7 +110,11 @@ def open_store(uri: str, storage: Storage) -> Store:
             f"{redact(uri)}: no store is known for {scheme[1]}://",
             "use a local path, file:// or s3://",
         )
-    return LocalStore(str(Path(uri.removeprefix("file://")).expanduser().absolute()))
+    try:
+        path = Path(uri.removeprefix("file://")).expanduser()
+    except RuntimeError as error:
+        raise StorageError(f"{uri}: {error}", "write the path out") from None
+    return LocalStore(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
 
 
 def redact(text: str) -> str:
@@ -171,6 +177,12 @@ class LocalStore:
         with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda e: e.name + "/" * e.is_dir()):
                 child = f"{key}/{entry.name}" if key else entry.name
+                if not _is_text(entry.name):
+                    raise StorageError(
+                        f"{folder}: the name {entry.name!r} is not UTF-8", "rename it"
+                    )
+                if entry.is_symlink() and not Path(entry.path).exists():
+                    raise StorageError(f"{entry.path}: a link to nothing", "mend or remove it")
                 if entry.is_dir():
                     yield from self._walk(Path(entry.path), child)
                 else:
@@ -226,6 +238,14 @@ class LocalStore:
             yield scratch
         finally:
             scratch.unlink(missing_ok=True)
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _local_info(key: str, stat: os.stat_result) -> FileInfo:

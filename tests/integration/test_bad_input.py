@@ -130,13 +130,20 @@ def test_a_file_that_breaks_while_it_is_read(tmp_path: Path, ray_head: Head) -> 
     data[4:60] = os.urandom(56)
     path.write_bytes(data)
 
-    spec = job(tmp_path, ray_head, output={"uri": str(tmp_path / "out"), "rows_per_part": 200})
-    report = run(spec)
+    report = run(job(tmp_path, ray_head))
 
-    assert report.outcome is Outcome.INPUT_UNREADABLE
-    assert any("b.parquet" in why for why in report.unreadable.values())
-    ids = [row["row_id"] for row in answers(tmp_path)]
-    assert ids == [f"a.parquet:{n}" for n in range(200)]
+    assert (report.outcome, report.exit_code) == (Outcome.INPUT_UNREADABLE, 1)
+    assert list(report.unreadable) == ["b.parquet"]
+    found = answers(tmp_path)
+    assert [row["row_id"] for row in found] == [
+        f"{f}.parquet:{n}" for f in "ab" for n in range(200)
+    ]
+    assert {(row["row_id"][0], row["error_type"]) for row in found} == {
+        ("a", None),
+        ("b", "unreadable_file"),
+    }
+    # It stays so, and is said again.
+    assert run(job(tmp_path, ray_head)).exit_code == 1
 
 
 def one_row(folder: Path) -> None:

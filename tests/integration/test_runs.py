@@ -11,9 +11,11 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from typing_extensions import override
 
 from quantbatch import pipeline
 from quantbatch.errors import Refused
+from quantbatch.progress import Silent
 from quantbatch.report import Outcome
 from quantbatch.specfile import load_spec
 from tests.integration.support import (
@@ -29,6 +31,8 @@ from tests.integration.support import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from quantbatch.records import Receipt
+    from quantbatch.report import RunFigures
     from tests.integration.support import Bucket, Head
 
 
@@ -90,6 +94,23 @@ def test_hive_partitions_are_kept_and_new_files_wait_for_extend(
         pipeline.run(load_spec(spec))
     second = pipeline.run(load_spec(spec), extend=True)
     assert (second.outcome, second.counts.rows, second.run.counts.rows) == ("done", ROWS + 1, 1)
+    proven(spec)
+
+
+@pytest.mark.timeout(180)
+def test_work_counts_while_replicas_take_every_core(tmp_path: Path, ray_head: Head) -> None:
+    """The head has 4 CPUs, the replicas take 3: readers and the committer must find room."""
+    spec = write_spec(tmp_path, {"uri": str(tmp_path / "out")})
+    change(spec, cluster={"replicas": 3, "address": ray_head.address}, engine={"step_s": 0.5})
+    seen: list[int] = []
+
+    class Watching(Silent):
+        @override
+        def committed(self, receipt: Receipt, figures: RunFigures) -> None:
+            seen.append(commits(tmp_path))
+
+    pipeline.run(load_spec(spec), progress=Watching())
+    assert seen[0] < 24, "the first receipt came when everything was committed"
     proven(spec)
 
 

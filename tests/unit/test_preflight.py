@@ -1,0 +1,181 @@
+"""What is refused before anything starts, and how a plan grows; with the echo engine, without
+Ray."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from quantbatch.errors import InputError, JobError, Refused, StorageError
+from quantbatch.preflight import prepare
+from quantbatch.spec import JobSpec
+
+MODEL = Path(__file__).parents[2] / "configs" / "quickstart" / "model"
+
+
+def make_spec(folder: Path, **changes: Any) -> JobSpec:
+    fields = {
+        "name": "test",
+        "input": {"uri": str(folder / "in")},
+        "model": {"id": str(MODEL), "bits": 16},
+        "prompt": {"template": "{{ text }}"},
+        "engine": {"kind": "echo"},
+        "output": {"uri": str(folder / "out")},
+    }
+    return JobSpec.model_validate(fields | changes)
+
+
+def write(path: Path, **columns: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "in" / "a.parquet", text=["x", "y"], id=[1, 2])
+    return tmp_path
+
+
+def frozen(spec: JobSpec) -> None:
+    job = prepare(spec)
+    assert job.new_generation is not None
+    assert job.ledger.freeze(job.new_generation)
+
+
+def test_looking_writes_nothing(folder: Path) -> None:
+    prepare(make_spec(folder))
+    assert not (folder / "out").exists()
+
+
+def test_a_resumed_job_has_its_frozen_plan(folder: Path) -> None:
+    frozen(make_spec(folder))
+    job = prepare(make_spec(folder))
+    assert job.new_generation is None
+    assert job.plan.rows == 2
+
+
+def test_paths_above_the_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "work").mkdir()
+    monkeypatch.chdir(folder / "work")
+    job = prepare(make_spec(folder, input={"uri": "../in"}, output={"uri": "../out"}))
+    assert job.ledger.store.uri == str(folder / "out")
+
+
+@pytest.mark.parametrize("output", ["in", "in/out", "in/../in/x", "."])
+def test_output_and_input_in_one_another(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(Refused, match="lies in the"):
+        prepare(make_spec(folder, input={"uri": "in"}, output={"uri": output}))
+
+
+def test_a_rival_with_another_plan_is_noticed(folder: Path) -> None:
+    early = prepare(make_spec(folder))
+    write(folder / "in" / "b.parquet", text=["z"], id=[3])
+    late = prepare(make_spec(folder))
+    assert early.new_generation is not None
+    assert late.new_generation is not None
+    assert early.ledger.freeze(early.new_generation)
+    assert not late.ledger.freeze(late.new_generation)
+    with pytest.raises(Refused, match=r"b\.parquet"):
+        prepare(make_spec(folder))
+
+
+def test_a_rival_with_the_same_plan_is_no_rival(folder: Path) -> None:
+    first, second = prepare(make_spec(folder)), prepare(make_spec(folder))
+    assert first.new_generation is not None
+    assert second.new_generation is not None
+    assert first.ledger.freeze(first.new_generation)
+    assert second.ledger.freeze(second.new_generation)
+
+
+def test_new_files_need_extend_and_the_same_columns(folder: Path) -> None:
+    frozen(make_spec(folder))
+    write(folder / "in" / "b.parquet", text=["z"], id=["three"])
+    with pytest.raises(Refused, match="came or was mended"):
+        prepare(make_spec(folder))
+    with pytest.raises(InputError, match=r"b\.parquet: its column 'id' is string.*int64"):
+        prepare(make_spec(folder), extend=True)
+    write(folder / "in" / "b.parquet", text=["z"], id=pa.array([3], pa.int32()))
+    job = prepare(make_spec(folder), extend=True)
+    assert job.plan.rows == 3
+    assert job.new_generation
+    assert job.new_generation.rows == 1
+
+
+def test_new_folders_of_another_kind_are_refused(folder: Path) -> None:
+    frozen(make_spec(folder))
+    write(folder / "in" / "day=2" / "b.parquet", text=["z"], id=[3])
+    with pytest.raises(InputError, match="day"):
+        prepare(make_spec(folder), extend=True)
+
+
+def test_changed_input_is_refused(folder: Path) -> None:
+    frozen(make_spec(folder))
+    write(folder / "in" / "a.parquet", text=["x", "other"], id=[1, 2])
+    with pytest.raises(Refused, match=r"a\.parquet\) changed"):
+        prepare(make_spec(folder))
+
+
+def test_a_mended_file_is_taken_up(folder: Path) -> None:
+    (folder / "in" / "b.parquet").write_bytes(b"torn")
+    frozen(make_spec(folder))
+    assert list(prepare(make_spec(folder)).unreadable) == ["b.parquet"]
+    assert prepare(make_spec(folder), extend=True).new_generation is None
+    write(folder / "in" / "b.parquet", text=["z"], id=[3])
+    with pytest.raises(Refused, match="mended"):
+        prepare(make_spec(folder))
+    job = prepare(make_spec(folder), extend=True)
+    assert (job.plan.rows, job.unreadable) == (3, {})
+
+
+def test_a_file_without_rows_that_gets_some(folder: Path) -> None:
+    write(folder / "in" / "b.parquet", text=pa.array([], pa.string()), id=pa.array([], pa.int64()))
+    frozen(make_spec(folder))
+    write(folder / "in" / "b.parquet", text=["z"], id=[3])
+    assert prepare(make_spec(folder), extend=True).plan.rows == 3
+
+
+def test_a_moved_job_reads_from_the_new_place(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "job").mkdir()
+    (folder / "in").rename(folder / "job" / "in")
+    monkeypatch.chdir(folder / "job")
+    spec = make_spec(folder, input={"uri": "in"}, output={"uri": "out"})
+    frozen(spec)
+    monkeypatch.chdir(folder)
+    (folder / "job").rename(folder / "moved")
+    monkeypatch.chdir(folder / "moved")
+    assert prepare(spec).read_job.root == str(folder / "moved" / "in")
+
+
+def test_a_link_to_nothing_is_named(folder: Path) -> None:
+    (folder / "in" / "b.parquet").symlink_to(folder / "nowhere")
+    with pytest.raises(StorageError, match=r"b\.parquet: a link to nothing"):
+        prepare(make_spec(folder))
+
+
+def test_a_name_that_is_not_text_is_one_clear_error(folder: Path) -> None:
+    (folder / "in" / os.fsdecode(b"\xff.parquet")).write_bytes(b"")
+    with pytest.raises(StorageError, match="not UTF-8"):
+        prepare(make_spec(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"output": {"uri": "s3://"}}, "names no bucket"),
+        ({"output": {"uri": "~nobody-here/x"}}, "home directory"),
+        ({"input": {"uri": "s3://"}}, "bucket"),
+    ],
+)
+def test_odd_places(folder: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(JobError, match=said):
+        prepare(make_spec(folder, **changes))
