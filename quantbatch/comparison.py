@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from quantbatch.records import Counts, Status
 from quantbatch.reread import ROW_ID, Buffer, InputRows, Unreadable, open_parquet, parquet_batches
+from quantbatch.rows import UNREADABLE_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -238,7 +239,8 @@ class Comparison:
         tokens = {
             name: pc.sum(ours[name]).as_py() or 0 for name in ("prompt_tokens", "completion_tokens")
         }
-        self.counts += Counts(**known, **tokens)
+        unread = pc.sum(pc.equal(ours["error_type"], UNREADABLE_FILE)).as_py() or 0
+        self.counts += Counts(**known, **tokens, unread=unread)
         # A row of an unknown status is a row all the same.
         self.counts += Counts(invalid=sum(found.values()))
 
