@@ -251,7 +251,7 @@ class EchoEngine(Section):
     )
     """Rows that are answered in one step; `auto` is 1,024."""
     max_input_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Longest prompt in tokens; `auto` is the model's context less max_new_tokens."""
+    """Longest prompt in tokens; `auto` is as for the static engine."""
     too_long: Literal["error", "truncate_left", "truncate_right"] = "error"
     """What becomes of a longer prompt."""
     step_s: Annotated[float, Field(ge=0)] = Field(0.0, json_schema_extra=TUNING)
