@@ -80,7 +80,6 @@ def read_and_render(item: pa.Table, *, job: ReadJob) -> pa.Table:
     assert table.num_rows == chunk.rows, (
         f"chunk {chunk.id}: read {table.num_rows} of {chunk.rows} rows"
     )
-    prompts = _renderer(job).render(table)
     key = job.spec.input.key
     ids = rows.row_ids(chunk)
     if key:
