@@ -74,6 +74,13 @@ def test_one_of_many_claims_wins(store: Store) -> None:
     assert len(set(found)) == 1
 
 
+def test_what_is_put_is_on_the_disk_with_its_name(store: Store, quick_disk: list[int]) -> None:
+    store.put("a", b"data")
+    assert len(quick_disk) == 2, "the file and its folder"
+    store.claim("b", b"data")
+    assert len(quick_disk) == 4
+
+
 def test_put_file_leaves_the_source(store: Store, tmp_path: Path) -> None:
     source = tmp_path / "scratch"
     source.write_bytes(b"x" * 10_000_000)
