@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from quantbatch.errors import Refused, StorageError
 from quantbatch.spec import Storage
-from quantbatch.storage import PRIVATE, LocalStore, Store, open_store, probe, redact
+from quantbatch.storage import PRIVATE, LocalStore, S3Store, Store, open_store, probe, redact
 
 
 @pytest.fixture
@@ -139,6 +139,31 @@ class LyingStore(LocalStore):
 def test_probe_refuses_a_store_that_lies(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="replaced an object"):
         probe(LyingStore(str(tmp_path)))
+
+
+class DeniedBucket:
+    """What s3fs does with credentials that a bucket does not accept."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def pipe_file(self, *_: object, **__: object) -> None:
+        self.calls += 1
+        raise PermissionError("Access Denied")
+
+    def cat_file(self, _: str) -> bytes:
+        self.calls += 1
+        raise PermissionError("Access Denied")
+
+
+def test_wrong_credentials_are_one_error_after_two_calls() -> None:
+    store = S3Store("s3://bucket/out", Storage())
+    denied = DeniedBucket()
+    store.__dict__["_fs"] = denied
+    with pytest.raises(StorageError, match="access denied") as caught:
+        probe(store)
+    assert "credentials" in caught.value.hint
+    assert denied.calls == 2
 
 
 @pytest.fixture
