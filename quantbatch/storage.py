@@ -451,8 +451,3 @@ def scratch_file() -> Iterator[Path]:
     """Give the path of a local file to build an object in; it is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="quantbatch-") as folder:
         yield Path(folder, "object")
-
-
-def as_buffer(data: bytes) -> IO[bytes]:
-    """Return bytes as a file to read from."""
-    return io.BytesIO(data)
