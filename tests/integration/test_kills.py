@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.integration.support import (
-    LONGEST_RUN_S,
     ROWS,
     ROWS_PER_PART,
     proven,
+    run_to_the_end,
     start,
     write_spec,
 )
@@ -91,41 +91,42 @@ def test_drivers_killed_at_random_moments(
 ) -> None:
     dice = random.Random(SEED)
     watcher = Watcher()
+    undisturbed = write_spec(tmp_path / "undisturbed", {"uri": str(tmp_path / "undisturbed/out")})
+    began = time.monotonic()
+    assert run_to_the_end(undisturbed, ray_head) == 0
+    longest_s = 1.25 * (time.monotonic() - began)
+
     kills = jobs = 0
-    took_s = 8.0
     with watcher.watching():
         while kills < KILLS:
             folder = tmp_path / str(jobs)
-            on_s3 = jobs % 2 == 1
-            if on_s3:
+            if jobs % 2:
                 storage = bucket.storage.model_dump(exclude_defaults=True)
                 output: dict[str, Any] = {"uri": f"{bucket.uri}/{jobs}", "storage": storage}
             else:
                 output = {"uri": str(folder / "out")}
                 watcher.folders = [folder / "out"]
             spec = write_spec(folder, output)
-            done = False
-            while not done:
-                driver = start(spec, ray_head)
-                began = time.monotonic()
-                try:
-                    code = driver.wait(
-                        dice.uniform(0.2, 1.4 * took_s) if kills < KILLS else LONGEST_RUN_S
-                    )
-                except subprocess.TimeoutExpired:
-                    driver.kill()
-                    driver.wait()
-                    kills += 1
-                else:
-                    assert code == 0, (folder / "log").read_text()[-3000:]
-                    done = True
-                    took_s = time.monotonic() - began
+            while not _ends_by_itself(start(spec, ray_head), dice.uniform(0.2, longest_s), folder):
+                kills += 1
             proven(spec)
             jobs += 1
     with capsys.disabled():
         print(f"\ndriver kills={kills} jobs={jobs} wrong=0 looks={watcher.looks} seed={SEED}")
     assert watcher.wrong == []
     assert watcher.looks > 1000
+
+
+def _ends_by_itself(driver: subprocess.Popen[bytes], seconds: float, folder: Path) -> bool:
+    """Give a driver some seconds; kill it if it is not done, and tell which it was."""
+    try:
+        code = driver.wait(seconds)
+    except subprocess.TimeoutExpired:
+        driver.kill()
+        driver.wait()
+        return False
+    assert code == 0, (folder / "log").read_text()[-3000:]
+    return True
 
 
 def replica_processes(head: Head) -> list[psutil.Process]:
