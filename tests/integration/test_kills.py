@@ -94,7 +94,7 @@ def test_drivers_killed_at_random_moments(
     undisturbed = write_spec(tmp_path / "undisturbed", {"uri": str(tmp_path / "undisturbed/out")})
     began = time.monotonic()
     assert run_to_the_end(undisturbed, ray_head) == 0
-    longest_s = 1.25 * (time.monotonic() - began)
+    longest_s = time.monotonic() - began
 
     kills = jobs = 0
     with watcher.watching():
