@@ -97,6 +97,8 @@ class RequestId(NamedTuple):
 
     chunk: int
     row: int
+    sample: int = 0
+    """Which of a row's samples it is, where there are several (`sampling.n`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,19 @@ class Request:
         assert self.prompt_ids, "an empty prompt is an error row, never a request"
 
 
+class TokenLogprobs(NamedTuple):
+    """What the model thought of one generated token, before anything narrowed the choice.
+
+    Log-probabilities are those of the model's own scores: without temperature, penalties or masks.
+    """
+
+    logprob: float
+    """Of the token that was taken."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens with theirs, the likeliest first; as many as `sampling.logprobs` asks
+    for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What an engine gives back for one request."""
@@ -123,6 +138,8 @@ class Completion:
     token_ids: tuple[int, ...]
     """The generated tokens, the one that ended the answer included."""
     finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One for each of `token_ids`; None where they were not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +149,10 @@ class Failure:
     id: RequestId
     kind: str
     message: str
+
+
+Answer = Completion | Failure
+"""What becomes of a request."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,17 +20,16 @@ import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from quantbatch.records import Completion, Failure
+from quantbatch.records import Failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from quantbatch.engine import Engine
-    from quantbatch.records import Request, RequestId
+    from quantbatch.records import Answer, Request, RequestId
 
 logger = logging.getLogger(__name__)
 
-Answer = Completion | Failure
 EXIT_BROKEN_DEVICE = 70
 """Exit code of a replica whose device no longer works (EX_SOFTWARE of sysexits.h)."""
 
@@ -121,8 +120,8 @@ class Runner:
             self._leave_if_broken(error)
             self._suspect(self._engine.evict(), error)
         else:
-            for completion in finished:
-                self._answer(completion)
+            for answer in finished:
+                self._answer(answer)
         self.busy_s += time.perf_counter() - started
 
     def _suspect(self, failed: Sequence[Request], error: Exception) -> None:

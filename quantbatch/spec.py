@@ -210,17 +210,45 @@ class Sampling(Section):
     """Sample from the likeliest tokens that together have this probability; 1 is off."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """Sample from this many likeliest tokens; 0 is off."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Sample only from tokens that are at least this share as likely as the likeliest
+    (arXiv 2407.01082); 0 is off."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Divides the scores of tokens already seen (arXiv 1909.05858); 1 is off."""
+    """Divides the scores of tokens already seen, in prompt or answer (arXiv 1909.05858); 1 is
+    off."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Taken off the score of each token that the answer holds already, once; 0 is off."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Taken off the score of a token as often as the answer holds it already; 0 is off."""
+    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = {}
+    """Added to the scores of tokens, by token id; -100 as good as forbids one."""
+    bad_words: list[Annotated[str, Field(min_length=1)]] = []
+    """Words that the answer must not hold, as the tokenizer writes them at a beginning and after a
+    space; a word that it can also put together from other tokens is not found."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """Strings that end the answer; the answer is cut before them."""
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    """Tokens that end the answer, besides the model's own; they are no part of its text."""
+    n: Annotated[int, Field(ge=1, le=256)] = 1
+    """Answers to each row, each with a seed of its own; with more than one, `completion` and its
+    companions are lists."""
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Give the log-probability of each generated token, and of this many likeliest tokens beside
+    it; null is off. They are the model's own, before temperature and penalties."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of the job; each row's own seed is derived from this one and its row_id."""
+    """Seed of the job; each row's own seed is derived from this one and its row_id. A row's samples
+    are the same in any company, up to ties that the rounding of floating-point numbers decides."""
 
     @model_validator(mode="after")
     def _min_within_max(self) -> Self:
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens is above max_new_tokens, {self.max_new_tokens}")
+        return self
+
+    @model_validator(mode="after")
+    def _several_answers_differ(self) -> Self:
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError("n is above 1, but at temperature 0 all answers are the same")
         return self
 
 

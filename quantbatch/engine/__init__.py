@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from quantbatch.records import Completion, Request
+    from quantbatch.records import Answer, Request
 
 
 class Engine(Protocol):
@@ -32,8 +32,10 @@ class Engine(Protocol):
         """Tell whether any request is queued or running."""
         ...
 
-    def step(self) -> Sequence[Completion]:
+    def step(self) -> Sequence[Answer]:
         """Work for a while and return what finished, possibly nothing.
+
+        A request that the engine finds wrong by itself finishes as a `Failure`.
 
         Raises:
             Exception: Whatever the model raises. The requests that the step worked on are then

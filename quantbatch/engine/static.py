@@ -20,8 +20,7 @@ the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,25 +28,19 @@ import transformers
 from transformers import LogitsProcessor, StoppingCriteria
 from typing_extensions import override
 
-from quantbatch.records import Completion, FinishReason
+from quantbatch.engine.ends import Endings
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from quantbatch.records import Request
+    from quantbatch.records import Completion, Request
     from quantbatch.spec import Sampling
-
-Decode = Callable[[Sequence[int]], str]
-"""Turns token ids into text without special tokens."""
 
 # Most of what is called of it has no types, or wrong ones (5.23).
 hf: Any = transformers
-
-SPARE_TOKENS = 8
-"""Tokens without text that may stand within a stop string before it is found late."""
 
 
 class StaticEngine:
@@ -68,9 +61,8 @@ class StaticEngine:
     ) -> None:
         assert batch_size >= 1
         self._model = model
-        self._tokenizer = tokenizer
+        self._endings = Endings(model, tokenizer)
         self._batch_size = batch_size
-        self._tokens = _special_tokens(model, tokenizer)
         self._context_tokens = getattr(
             model.config.get_text_config(), "max_position_embeddings", None
         )
@@ -121,91 +113,33 @@ class StaticEngine:
 
     def _answer(self, group: Sequence[Request]) -> list[Completion]:
         sampling = group[0].sampling
-        end_ids = self._tokens.end_ids | self._tokens.special_ids(sampling.stop)
-        prompts_BT, mask_BT = _left_padded(group, self._tokens.pad_id, self._model.device)
+        end_ids, pad_id = self._endings.end_ids(sampling), self._endings.pad_id
+        prompts_BT, mask_BT = _left_padded(group, pad_id, self._model.device)
         prompt_tokens = prompts_BT.shape[1]
         health = _Health()
-        stop_strings = _StopStrings(self._decode, sampling, prompt_tokens)
+        stop_strings = _StopStrings(self._endings, sampling, prompt_tokens)
         model: Any = self._model
         with torch.inference_mode():
             answers_BT = model.generate(
                 input_ids=prompts_BT,
                 attention_mask=mask_BT,
-                generation_config=_generation_config(sampling, end_ids, self._tokens.pad_id),
+                generation_config=_generation_config(sampling, end_ids, pad_id),
                 logits_processor=[health, *_choosers(group, prompt_tokens, self._model.device)],
                 stopping_criteria=[stop_strings] if sampling.stop else [],
             )
         health.check(group)
         answers = answers_BT[:, prompt_tokens:].tolist()
         return [
-            self._completion(request, answer, end_ids)
+            self._endings.completion(request, answer)
             for request, answer in zip(group, answers, strict=True)
         ]
-
-    def _completion(
-        self, request: Request, generated: list[int], end_ids: Collection[int]
-    ) -> Completion:
-        """Take an answer out of what `generate` returned for a row, padding included."""
-        sampling = request.sampling
-        end = next((i + 1 for i, token in enumerate(generated) if token in end_ids), None)
-        token_ids = generated[:end]
-        cut = find_stop(token_ids, sampling, self._decode) if sampling.stop else None
-        token_ids = token_ids[: cut.tokens] if cut else token_ids
-        text = self._decode(token_ids)[: cut.characters if cut else None]
-        stopped = end is not None or cut is not None
-        assert stopped or len(token_ids) == sampling.max_new_tokens
-        reason = FinishReason.STOP if stopped else FinishReason.LENGTH
-        return Completion(request.id, text, tuple(token_ids), reason)
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        # Cleaning up would take spaces before punctuation out of the answer: a habit from BERT.
-        text = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        assert isinstance(text, str)
-        return text
 
 
 def _prompt_tokens(request: Request) -> int:
     return len(request.prompt_ids)
 
 
-# ---- tokens with a meaning
-
-
-class _SpecialTokens(NamedTuple):
-    end_ids: frozenset[int]
-    """Tokens that end an answer."""
-    pad_id: int
-    by_text: dict[str, int]
-    """Tokens that are not shown in text."""
-
-    def special_ids(self, stops: Iterable[str]) -> frozenset[int]:
-        """Return the stop strings that are special tokens: they end an answer as tokens, since the
-        text does not show them.
-        """
-        return frozenset(self.by_text[stop] for stop in stops if stop in self.by_text)
-
-
-def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _SpecialTokens:
-    """Collect what ends an answer: what generation_config.json (else config.json) says, and the
-    tokenizer's end token.
-
-    Both are needed: fine-tuned models often end their answers with the tokenizer's <|im_end|> but
-    carry the generation config of their base model.
-    """
-    generation: Any = model.generation_config
-    configured = generation.eos_token_id
-    end_ids = {configured} if isinstance(configured, int) else set(configured or ())
-    end_ids |= {tokenizer.eos_token_id} - {None}
-    pad_ids = (generation.pad_token_id, tokenizer.pad_token_id, *sorted(end_ids), 0)
-    added = tokenizer.added_tokens_decoder.items()
-    return _SpecialTokens(
-        end_ids=frozenset(end_ids),
-        # What stands in the padding does not matter: it is masked, and cut off answers.
-        pad_id=next(token for token in pad_ids if token is not None),
-        by_text={token.content: number for number, token in added if token.special},
-    )
+# ---- the arguments of `generate`
 
 
 def _generation_config(sampling: Sampling, end_ids: Collection[int], pad_id: int) -> Any:  # noqa: ANN401
@@ -317,65 +251,19 @@ class _Health(LogitsProcessor):
 # ---- stop strings
 
 
-class Cut(NamedTuple):
-    """Where a stop string ends an answer."""
-
-    tokens: int
-    """Tokens up to the one that completed the stop string."""
-    characters: int
-    """Characters before the stop string."""
-
-
-def find_stop(token_ids: Sequence[int], sampling: Sampling, decode: Decode) -> Cut | None:
-    """Find the first token that completes a stop string, and where that string begins.
-
-    Of several that the same token completes, the one that begins first counts. One that is complete
-    before `min_new_tokens` does not end the answer.
-    """
-    earlier = (
-        len(decode(token_ids[: sampling.min_new_tokens - 1])) if sampling.min_new_tokens else 0
-    )
-
-    def begin(count: int) -> int | None:
-        text = decode(token_ids[:count])
-        begins = [text.find(stop, max(0, earlier - len(stop) + 1)) for stop in sampling.stop]
-        return min((at for at in begins if at >= 0), default=None)
-
-    if begin(len(token_ids)) is None:
-        return None
-    shortest, enough = 0, len(token_ids)
-    while enough - shortest > 1:
-        middle = (shortest + enough) // 2
-        shortest, enough = (middle, enough) if begin(middle) is None else (shortest, middle)
-    found = begin(enough)
-    assert found is not None
-    return Cut(enough, found)
-
-
 class _StopStrings(StoppingCriteria):
-    """Ends a row when its text holds a stop string.
+    """Ends a row when its text holds a stop string."""
 
-    To be fast it looks at the last tokens of each row only, as many as the longest stop string has
-    bytes. `find_stop` decides afterwards: what is missed here costs time, nothing else.
-    """
-
-    def __init__(self, decode: Decode, sampling: Sampling, prompt_tokens: int) -> None:
-        self._decode = decode
+    def __init__(self, endings: Endings, sampling: Sampling, prompt_tokens: int) -> None:
+        self._endings = endings
         self._sampling = sampling
         self._prompt_tokens = prompt_tokens
-        self._window = SPARE_TOKENS + max((len(s.encode()) for s in sampling.stop), default=0)
         self._done: dict[int, bool] = {}
 
     @override
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        begin = max(self._prompt_tokens, input_ids.shape[1] - self._window)
-        for row, tail in enumerate(input_ids[:, begin:].tolist()):
-            if not self._done.get(row) and self._may_stop(tail):
-                answer = input_ids[row, self._prompt_tokens :].tolist()
-                self._done[row] = find_stop(answer, self._sampling, self._decode) is not None
+        for row, answer in enumerate(input_ids[:, self._prompt_tokens :].tolist()):
+            if not self._done.get(row):
+                self._done[row] = self._endings.stopped(answer, self._sampling)
         done = [self._done.get(row, False) for row in range(input_ids.shape[0])]
         return torch.tensor(done, device=input_ids.device)
-
-    def _may_stop(self, tail: Sequence[int]) -> bool:
-        text = self._decode(tail)
-        return any(stop in text for stop in self._sampling.stop)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from quantbatch.engine import static
-from quantbatch.engine.static import Cut, StaticEngine, find_stop, uniform_numbers
+from quantbatch.engine.ends import Cut, find_stop
+from quantbatch.engine.static import StaticEngine, uniform_numbers
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.records import Completion, FinishReason, Request, RequestId
 from quantbatch.spec import Model, Sampling

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from quantbatch.records import Completion, Failure, FinishReason, Request, RequestId
-from quantbatch.runner import Answer, Runner
+from quantbatch.records import Answer, Completion, Failure, FinishReason, Request, RequestId
+from quantbatch.runner import Runner
 from quantbatch.spec import Sampling
 
 if TYPE_CHECKING:
