@@ -194,10 +194,15 @@ class Generate(Section):
 Task = Generate
 """What is asked of each row; becomes a union on `kind` as tasks are added."""
 
+TokenKey = Annotated[int, Field(ge=0, strict=False)]
+"""A token id as the key of a mapping: JSON makes texts of keys, and a spec goes through JSON."""
+
 
 class Sampling(Section):
     """How tokens are chosen. Every field counts: a model's generation_config.json changes none of
-    them.
+    them. What changes scores comes in this order: logit_bias; repetition_penalty;
+    presence_penalty and frequency_penalty; bad_words; min_new_tokens; then, above temperature 0,
+    temperature, top_k, top_p, min_p, and the draw by the row's seed.
     """
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
@@ -220,7 +225,7 @@ class Sampling(Section):
     """Taken off the score of each token that the answer holds already, once; 0 is off."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     """Taken off the score of a token as often as the answer holds it already; 0 is off."""
-    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = {}
+    logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] = {}
     """Added to the scores of tokens, by token id; -100 as good as forbids one."""
     bad_words: list[Annotated[str, Field(min_length=1)]] = []
     """Words that the answer must not hold, as the tokenizer writes them at a beginning and after a

@@ -179,6 +179,51 @@ def test_a_mistake_is_named_with_its_line_and_a_remedy(
             "YAML reads this as text: write 0.001 without quotes",
         ),
         (
+            "sampling: {n: 2}",
+            "sampling: n is above 1, but at temperature 0 all answers are the same",
+            "",
+        ),
+        (
+            "sampling: {n: 257, temperature: 1.0}",
+            "sampling.n: 257: should be less than or equal to 256",
+            "Answers to each row",
+        ),
+        (
+            "sampling: {min_p: 1.5}",
+            "sampling.min_p: 1.5: should be less than or equal to 1",
+            "Sample only",
+        ),
+        (
+            "sampling: {presence_penalty: -2.5}",
+            "sampling.presence_penalty: -2.5: should be greater than or equal to -2",
+            "Taken off",
+        ),
+        (
+            "sampling: {frequency_penalty: 3}",
+            "sampling.frequency_penalty: 3: should be less than or equal to 2",
+            "Taken off",
+        ),
+        (
+            "sampling: {logit_bias: {5: 101}}",
+            "sampling.logit_bias.5: 101: should be less than or equal to 100",
+            "",
+        ),
+        (
+            "sampling: {bad_words: ['']}",
+            'sampling.bad_words.0: "": should have at least 1 character',
+            "",
+        ),
+        (
+            "sampling: {stop_token_ids: [-1]}",
+            "sampling.stop_token_ids.0: -1: should be greater than or equal to 0",
+            "",
+        ),
+        (
+            "sampling: {logprobs: 21}",
+            "sampling.logprobs: 21: should be less than or equal to 20",
+            "Give the log-probability",
+        ),
+        (
             "engine: {kind: static, batch_size: -1}",
             "engine.batch_size: -1: should be 'auto' or greater than or equal to 1",
             "Rows that run",
@@ -315,6 +360,17 @@ def test_any_text_is_a_spec_or_a_spec_error(
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(SpecError):
         load_spec(path)
+
+
+def test_token_ids_as_keys_survive_json(tmp_path: Path) -> None:
+    """The record of a job is JSON, whose keys are texts."""
+    spec = load(
+        tmp_path, BASE + "sampling: {logit_bias: {5: -100, 7: 1.5}}\n", "sampling.logit_bias.9=2.0"
+    )
+    assert spec.sampling.logit_bias == {5: -100, 7: 1.5, 9: 2.0}
+    assert JobSpec.model_validate(json.loads(json.dumps(spec.model_dump(mode="json")))) == spec
+    with pytest.raises(SpecError):
+        load(tmp_path, BASE + "sampling: {logit_bias: {five: 1}}\n")
 
 
 VALUES = st.recursive(
