@@ -44,6 +44,7 @@ class Endings:
         added = tokenizer.added_tokens_decoder.items()
         self._hidden = {token.content: number for number, token in added if token.special}
         self._by_stops: dict[tuple[tuple[str, ...], tuple[int, ...]], frozenset[int]] = {}
+        self._by_bad_words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
 
     def end_ids(self, sampling: Sampling) -> frozenset[int]:
         """Return the tokens that end an answer.
@@ -55,6 +56,17 @@ class Endings:
             hidden = {self._hidden[stop] for stop in sampling.stop if stop in self._hidden}
             self._by_stops[key] = self._model_end_ids | hidden | set(sampling.stop_token_ids)
         return self._by_stops[key]
+
+    def bad_word_ids(self, sampling: Sampling) -> tuple[tuple[int, ...], ...]:
+        """Return the runs of tokens that no answer may hold: each bad word as it is, and as it
+        stands after a space, which most vocabularies write with other tokens.
+        """
+        key = tuple(sampling.bad_words)
+        if key not in self._by_bad_words:
+            texts = [text for word in key for text in (word, f" {word}")]
+            runs = [tuple(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+            self._by_bad_words[key] = tuple(dict.fromkeys(run for run in runs if run))
+        return self._by_bad_words[key]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Turn tokens into text without special tokens."""

@@ -4,39 +4,40 @@ It is slow, since a group runs until its longest answer is done, and it is the o
 engine: nothing in it is clever, and every field of its generation config is set, so that no file of
 a model can change an answer.
 
-Two things are not left to `generate`:
+Three things are not left to `generate`:
 
+- *Scores.* What changes them is given to it as processors, in the order that `Sampling` promises:
+  its own order differs, and it knows neither biases of tokens nor penalties of answers alone.
 - *Random numbers.* It draws from one generator for the whole batch, so that a row's sample would
-  depend on its neighbours. Here each row has a stream of its own from its seed; the number of a
-  step picks the token at that place of the row's cumulated probabilities, and the others are struck
-  out before `generate` takes the likeliest. One number a token is enough, and it is the same
-  on every device; only a difference of rounding that moves a boundary past it changes a token.
+  depend on its neighbours. Here each row's own noise is added to its scores, and `generate` takes
+  the greatest (`noise.py`).
 - *Stop strings.* The answer must be cut exactly where the string begins, also when it spans tokens.
 
 Shapes: B rows, T tokens (padding, prompt and what is generated so far), N new tokens, V words of
-the vocabulary.
+the vocabulary, K likeliest tokens.
 """
-# ruff: noqa: N803, N806 - names of tensors end in their shape
+# ruff: noqa: N802, N803, N806, N815 - names of tensors end in their shape
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 import transformers
 from transformers import LogitsProcessor, StoppingCriteria
 from typing_extensions import override
 
 from quantbatch.engine.ends import Endings
+from quantbatch.engine.noise import gumbel_noise
+from quantbatch.records import Failure, TokenLogprobs
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from quantbatch.records import Completion, Request
+    from quantbatch.records import Answer, Completion, Request
     from quantbatch.spec import Sampling
 
 # Most of what is called of it has no types, or wrong ones (5.23).
@@ -46,8 +47,9 @@ hf: Any = transformers
 class StaticEngine:
     """See `Engine`; a step answers one group of rows from beginning to end.
 
-    Rows of a group have the same sampling settings. The longest prompts come first: a group that is
-    too large for the device then fails at the start of the job, not at its end.
+    Rows of a group have the same sampling settings, and room in the model's context for answers of
+    the same length. The longest prompts come first: a group that is too large for the device then
+    fails at the start of the job, not at its end.
 
     Args:
         model: As `weights.bnb.load` returns it, with a generation config that says only which
@@ -63,34 +65,33 @@ class StaticEngine:
         self._model = model
         self._endings = Endings(model, tokenizer)
         self._batch_size = batch_size
-        self._context_tokens = getattr(
-            model.config.get_text_config(), "max_position_embeddings", None
-        )
-        self._queues: dict[str, list[Request]] = {}
+        config: Any = model.config.get_text_config()
+        self._limits = Limits(config.vocab_size, getattr(config, "max_position_embeddings", None))
+        self._queues: dict[tuple[int, str], list[Request]] = {}
+        self._refused: list[Failure] = []
         self._running: Sequence[Request] = []
 
     def add(self, requests: Iterable[Request]) -> None:
         """See `Engine`."""
         for request in requests:
-            self._check_length(request)
-            key = request.sampling.model_dump_json(exclude={"seed"})
+            if problem := self._limits.problem(request):
+                self._refused.append(Failure(request.id, "bad_request", problem))
+                continue
+            settings = request.sampling.model_dump_json(exclude={"seed"})
+            key = (self._limits.new_tokens(request), settings)
             self._queues.setdefault(key, []).append(request)
         for queue in self._queues.values():
             queue.sort(key=_prompt_tokens, reverse=True)
 
-    def _check_length(self, request: Request) -> None:
-        tokens = len(request.prompt_ids) + request.sampling.max_new_tokens
-        assert self._context_tokens is None or tokens <= self._context_tokens, (
-            f"{request.id} may take {tokens} tokens, the context has {self._context_tokens}: the"
-            " length policy must not let it pass"
-        )
-
     def has_work(self) -> bool:
         """See `Engine`."""
-        return bool(self._queues)
+        return bool(self._queues or self._refused)
 
-    def step(self) -> Sequence[Completion]:
+    def step(self) -> Sequence[Answer]:
         """See `Engine`."""
+        if self._refused:
+            refused, self._refused = self._refused, []
+            return refused
         self._running = self._next_group()
         completions = self._answer(self._running)
         self._running = []
@@ -113,60 +114,107 @@ class StaticEngine:
 
     def _answer(self, group: Sequence[Request]) -> list[Completion]:
         sampling = group[0].sampling
-        end_ids, pad_id = self._endings.end_ids(sampling), self._endings.pad_id
-        prompts_BT, mask_BT = _left_padded(group, pad_id, self._model.device)
-        prompt_tokens = prompts_BT.shape[1]
-        health = _Health()
-        stop_strings = _StopStrings(self._endings, sampling, prompt_tokens)
+        prompts = _left_padded(group, self._endings.pad_id, self._model.device)
+        health, logprobs = _Health(), _Logprobs(sampling.logprobs or 0, prompts.tokens)
+        watchers = [health] if sampling.logprobs is None else [health, logprobs]
+        stop_strings = _StopStrings(self._endings, sampling, prompts.tokens)
         model: Any = self._model
         with torch.inference_mode():
             answers_BT = model.generate(
-                input_ids=prompts_BT,
-                attention_mask=mask_BT,
-                generation_config=_generation_config(sampling, end_ids, pad_id),
-                logits_processor=[health, *_choosers(group, prompt_tokens, self._model.device)],
+                input_ids=prompts.ids_BT,
+                attention_mask=prompts.mask_BT,
+                generation_config=self._generation_config(group[0]),
+                logits_processor=[*watchers, *_choosers(group, prompts, self._endings)],
                 stopping_criteria=[stop_strings] if sampling.stop else [],
             )
         health.check(group)
-        answers = answers_BT[:, prompt_tokens:].tolist()
+        answers = answers_BT[:, prompts.tokens :].tolist()
+        found = [None] * len(group) if sampling.logprobs is None else logprobs.by_row(answers_BT)
         return [
-            self._endings.completion(request, answer)
-            for request, answer in zip(group, answers, strict=True)
+            self._endings.completion(request, answer, noted)
+            for request, answer, noted in zip(group, answers, found, strict=True)
         ]
+
+    def _generation_config(self, request: Request) -> Any:  # noqa: ANN401
+        """Return a config in which everything that changes an answer is set.
+
+        Choosing among tokens is done by `_choosers`, so `do_sample` is off for `generate`, whatever
+        the temperature.
+        """
+        return hf.GenerationConfig(
+            max_new_tokens=self._limits.new_tokens(request),
+            min_new_tokens=None,
+            repetition_penalty=1.0,
+            do_sample=False,
+            num_beams=1,
+            num_return_sequences=1,
+            use_cache=True,
+            eos_token_id=sorted(self._endings.end_ids(request.sampling)) or None,
+            pad_token_id=self._endings.pad_id,
+            return_dict_in_generate=False,
+            disable_compile=True,
+        )
 
 
 def _prompt_tokens(request: Request) -> int:
     return len(request.prompt_ids)
 
 
-# ---- the arguments of `generate`
+class Limits(NamedTuple):
+    """What a model can take."""
+
+    vocabulary: int
+    """Number of its tokens."""
+    context_tokens: int | None
+    """Most tokens of prompt and answer together; None if it does not say."""
+
+    def problem(self, request: Request) -> str:
+        """Say why the model can't answer a request: its field, its value and the limit; else
+        nothing.
+        """
+        fields = {
+            "prompt_ids": request.prompt_ids,
+            "sampling.logit_bias": request.sampling.logit_bias,
+        }
+        for field, token_ids in fields.items():
+            strange = next((t for t in token_ids if not 0 <= t < self.vocabulary), None)
+            if strange is not None:
+                return f"{field}: the model has no token {strange}, only {self.vocabulary:,} tokens"
+        if self.new_tokens(request) > 0:
+            return ""
+        prompt_tokens = _prompt_tokens(request)
+        return f"prompt_ids: {prompt_tokens:,} tokens, a context of {self.context_tokens:,} is full"
+
+    def new_tokens(self, request: Request) -> int:
+        """Return the most tokens that an answer may have: those asked for, if there is room."""
+        wanted = request.sampling.max_new_tokens
+        if self.context_tokens is None:
+            return wanted
+        return min(wanted, self.context_tokens - _prompt_tokens(request))
 
 
-def _generation_config(sampling: Sampling, end_ids: Collection[int], pad_id: int) -> Any:  # noqa: ANN401
-    """Return a config in which everything that changes an answer is set.
-
-    Choosing among tokens is done by `_choosers`, so `do_sample` is off for `generate`, whatever the
-    temperature.
-    """
-    return hf.GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        min_new_tokens=sampling.min_new_tokens or None,
-        repetition_penalty=float(sampling.repetition_penalty),
-        do_sample=False,
-        num_beams=1,
-        num_return_sequences=1,
-        use_cache=True,
-        eos_token_id=sorted(end_ids) or None,
-        pad_token_id=pad_id,
-        return_dict_in_generate=False,
-        disable_compile=True,
-    )
+# ---- the prompts of a group
 
 
-def _left_padded(
-    group: Sequence[Request], pad_id: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return the prompts with padding on their left, and the mask that is 0 on the padding."""
+class _Prompts(NamedTuple):
+    """Prompts with padding on their left."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    """0 on the padding."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of each row, its padding included."""
+        return self.ids_BT.shape[1]
+
+    @property
+    def padding_B(self) -> Tensor:
+        """Tokens of padding of each row."""
+        return (self.mask_BT == 0).sum(-1)
+
+
+def _left_padded(group: Sequence[Request], pad_id: int, device: torch.device) -> _Prompts:
     lengths = [_prompt_tokens(request) for request in group]
     longest = max(lengths)
     ids = [
@@ -174,54 +222,126 @@ def _left_padded(
         for request, length in zip(group, lengths, strict=True)
     ]
     mask = [[0] * (longest - length) + [1] * length for length in lengths]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    return _Prompts(torch.tensor(ids, device=device), torch.tensor(mask, device=device))
 
 
 # ---- choosing a token
 
 
 def _choosers(
-    group: Sequence[Request], prompt_tokens: int, device: torch.device
+    group: Sequence[Request], prompts: _Prompts, endings: Endings
 ) -> list[LogitsProcessor]:
-    """Return what narrows the scores down to the tokens to take, in the order of transformers:
-    after repetition penalty and min_new_tokens come temperature, top_k and top_p.
-    """
+    """Return what changes the scores before the greatest is taken, in the order of `Sampling`."""
+    return [*_adjusters(group[0].sampling, prompts, endings), *_samplers(group, prompts)]
+
+
+def _adjusters(
+    sampling: Sampling, prompts: _Prompts, endings: Endings
+) -> Iterable[LogitsProcessor]:
+    """Yield what changes the scores at any temperature."""
+    if sampling.logit_bias:
+        yield _Bias(sampling)
+    if sampling.repetition_penalty != 1:
+        # Padding must not count as said.
+        yield hf.RepetitionPenaltyLogitsProcessor(
+            float(sampling.repetition_penalty), prompt_ignore_length=prompts.padding_B
+        )
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        yield _AnswerPenalties(sampling, prompts.tokens)
+    if sampling.bad_words:
+        yield _BadWords(endings.bad_word_ids(sampling), prompts.tokens)
+    end_ids = endings.end_ids(sampling)
+    if sampling.min_new_tokens and end_ids:
+        yield hf.MinNewTokensLengthLogitsProcessor(
+            prompts.tokens, sampling.min_new_tokens, sorted(end_ids), device=prompts.ids_BT.device
+        )
+
+
+def _samplers(group: Sequence[Request], prompts: _Prompts) -> Iterable[LogitsProcessor]:
+    """Yield what makes the greatest score a sample, and that of the likelier tokens only."""
     sampling = group[0].sampling
     if sampling.temperature == 0:
-        return []
-    warpers = [hf.TemperatureLogitsWarper(float(sampling.temperature))]
+        return
+    yield hf.TemperatureLogitsWarper(float(sampling.temperature))
     if sampling.top_k:
-        warpers.append(hf.TopKLogitsWarper(sampling.top_k))
+        yield hf.TopKLogitsWarper(sampling.top_k)
     if sampling.top_p < 1:
-        warpers.append(hf.TopPLogitsWarper(float(sampling.top_p)))
-    seeds = [request.seed for request in group]
-    uniforms_BN = uniform_numbers(seeds, sampling.max_new_tokens).to(device)
-    return [*warpers, _Draw(uniforms_BN, prompt_tokens)]
+        yield hf.TopPLogitsWarper(float(sampling.top_p))
+    if sampling.min_p:
+        yield hf.MinPLogitsWarper(float(sampling.min_p))
+    seeds_B = torch.tensor([request.seed for request in group], device=prompts.ids_BT.device)
+    yield _Draw(seeds_B, prompts.tokens)
 
 
-def uniform_numbers(seeds: Sequence[int], count: int) -> Tensor:
-    """Return each row's stream of random numbers in [0, 1) as float64, of shape (rows, count).
+class _Bias(LogitsProcessor):
+    """Adds `logit_bias`."""
 
-    A longer stream begins with a shorter one. NumPy's, since torch's generator on a CPU uses only
-    half of the bits of a seed.
+    def __init__(self, sampling: Sampling) -> None:
+        self._token_ids = list(sampling.logit_bias)
+        self._values = list(sampling.logit_bias.values())
+
+    @override
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, self._token_ids] += torch.tensor(self._values, device=scores.device)
+        return scores
+
+
+class _AnswerPenalties(LogitsProcessor):
+    """Takes the presence penalty off tokens of the answer once, the frequency penalty as often as
+    they are in it.
     """
-    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(count) for seed in seeds]))
 
-
-class _Draw(LogitsProcessor):
-    """Draws a token for each row and leaves no other possible."""
-
-    def __init__(self, uniforms_BN: Tensor, prompt_tokens: int) -> None:
-        self._uniforms_BN = uniforms_BN
+    def __init__(self, sampling: Sampling, prompt_tokens: int) -> None:
+        self._presence = sampling.presence_penalty
+        self._frequency = sampling.frequency_penalty
         self._prompt_tokens = prompt_tokens
 
     @override
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = input_ids.shape[1] - self._prompt_tokens
-        cumulated_BV = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-        place_B1 = self._uniforms_BN[:, step : step + 1] * cumulated_BV[:, -1:]
-        token_B1 = torch.searchsorted(cumulated_BV, place_B1, right=True)
-        return torch.full_like(scores, -torch.inf).scatter(1, token_B1, 0.0)
+        answers_BN = input_ids[:, self._prompt_tokens :]
+        said_BN = torch.ones_like(answers_BN, dtype=scores.dtype)
+        counts_BV = torch.zeros_like(scores).scatter_add_(1, answers_BN, said_BN)
+        return scores - self._frequency * counts_BV - self._presence * (counts_BV > 0)
+
+
+class _BadWords(LogitsProcessor):
+    """Strikes out the token that would complete a bad word.
+
+    The processor of transformers for this looks at the prompt and its padding too.
+    """
+
+    def __init__(self, runs: Iterable[tuple[int, ...]], prompt_tokens: int) -> None:
+        self._runs = runs
+        self._prompt_tokens = prompt_tokens
+
+    @override
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        answers_BN = input_ids[:, self._prompt_tokens :]
+        scores = scores.clone()
+        for *begin, last in self._runs:
+            if len(begin) > answers_BN.shape[1] or last >= scores.shape[1]:
+                continue
+            tail_BN = answers_BN[:, answers_BN.shape[1] - len(begin) :]
+            begun_B = (tail_BN == torch.tensor(begin, device=tail_BN.device)).all(-1)
+            scores[:, last].masked_fill_(begun_B, -torch.inf)
+        return scores
+
+
+class _Draw(LogitsProcessor):
+    """Adds each row's own noise, so that its greatest score is a sample of their softmax."""
+
+    def __init__(self, seeds_B: Tensor, prompt_tokens: int) -> None:
+        self._seeds_B = seeds_B
+        self._prompt_tokens = prompt_tokens
+
+    @override
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        steps_B = torch.full_like(self._seeds_B, input_ids.shape[1] - self._prompt_tokens)
+        return scores + gumbel_noise(self._seeds_B, steps_B, scores.shape[1])
+
+
+# ---- watching the model's own scores
 
 
 class _Health(LogitsProcessor):
@@ -246,6 +366,47 @@ class _Health(LogitsProcessor):
                 " overflows beyond 65,504: bfloat16 or float32 may help (model.dtype,"
                 " model.quantization.compute_dtype)"
             )
+
+
+class _Logprobs(LogitsProcessor):
+    """Notes the log-probability of each token that was taken, and the likeliest tokens beside it.
+
+    Which token is taken is known a step later, so the log-probabilities of one step are kept, never
+    those of all.
+    """
+
+    def __init__(self, likeliest: int, prompt_tokens: int) -> None:
+        self._likeliest = likeliest
+        self._prompt_tokens = prompt_tokens
+        self._newest_BV: Tensor | None = None
+        self._taken_B: list[Tensor] = []
+        self._top_BK: list[torch.return_types.topk] = []
+
+    @override
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._newest_BV is not None:
+            self._note_taken(input_ids[:, -1])
+        self._newest_BV = scores.log_softmax(-1, dtype=torch.float32)
+        self._top_BK.append(self._newest_BV.topk(min(self._likeliest, scores.shape[1])))
+        return scores
+
+    def _note_taken(self, tokens_B: Tensor) -> None:
+        assert self._newest_BV is not None
+        self._taken_B.append(self._newest_BV.gather(1, tokens_B[:, None])[:, 0])
+
+    def by_row(self, answers_BT: Tensor) -> list[list[TokenLogprobs]]:
+        """Return what was noted for each row's generated tokens, when generating is done."""
+        self._note_taken(answers_BT[:, -1])
+        taken = torch.stack(self._taken_B, 1).tolist()
+        ids = torch.stack([top.indices for top in self._top_BK], 1).tolist()
+        values = torch.stack([top.values for top in self._top_BK], 1).tolist()
+        return [
+            [
+                TokenLogprobs(logprob, tuple(zip(*top, strict=True)))
+                for logprob, *top in zip(*row, strict=True)
+            ]
+            for row in zip(taken, ids, values, strict=True)
+        ]
 
 
 # ---- stop strings

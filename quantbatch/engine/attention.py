@@ -1,0 +1,172 @@
+"""How a model's own forward comes to our cache: an attention function that transformers calls.
+
+A step is one packed sequence: the new tokens of all rows, one after the other, in a batch of one.
+Everything in a transformer but attention works on each token by itself, so nothing is padded, and
+prompts and single tokens run in the same pass. Attention is the one place where rows must be kept
+apart. transformers hands it over to a function of ours (`AttentionInterface`), which stores the new
+keys and values and attends row by row. The `Cache` object that the model gets only says that there
+is one: it passes keys and values through.
+
+transformers builds no mask for an attention function that it does not know (5.23,
+`masking_utils._preprocess_mask_arguments`), so none is in the way.
+
+What a model may ask for beyond scale, window and softcap is refused (`UnsupportedModelError`), and
+`probe.py` compares the result with the model's plain forward before any row is answered.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch.nn.functional import scaled_dot_product_attention
+from typing_extensions import override
+
+from quantbatch.engine.kvstore import AttentionOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantbatch.engine.kvstore import KvStore
+
+# Most of what is called of it has no types, or wrong ones (5.23).
+hf: Any = transformers
+
+NAME = "quantbatch_packed"
+"""Under which transformers knows the attention function."""
+PASSED_AND_UNUSED = frozenset(
+    {"dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "cache_position",
+     "output_hidden_states", "past_key_values", "position_embeddings", "position_bias_none"}
+)  # fmt: skip
+"""Arguments of attention functions that change nothing in inference over a packed sequence."""
+
+_current = threading.local()
+
+
+class UnsupportedModelError(Exception):
+    """The model can't run over packed sequences: it needs the static engine."""
+
+
+class PassThroughCache(hf.Cache):  # type: ignore[misc]
+    """Tells a model that there is a cache; what is in it is the business of a `KvStore`."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    @override
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any):  # type: ignore[no-untyped-def]  # noqa: ANN201
+        return key_states, value_states
+
+    @override
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    @override
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+
+def install() -> None:
+    """Make the attention function known to transformers."""
+    hf.AttentionInterface.register(NAME, attend)
+
+
+class attending:  # noqa: N801 - used as a function
+    """Attention calls within go to this store."""
+
+    def __init__(self, store: KvStore) -> None:
+        self._store = store
+
+    def __enter__(self) -> None:
+        _current.store = self._store
+
+    def __exit__(self, *_: object) -> None:
+        del _current.store
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that a model calls; see `transformers.AttentionInterface`."""
+    asked = [k for k, v in others.items() if v is not None and k not in PASSED_AND_UNUSED]
+    if asked or attention_mask is not None or not getattr(module, "is_causal", True):
+        what = ", ".join(asked) or "attention that is not causal"
+        raise UnsupportedModelError(f"{type(module).__name__} asks for {what}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    options = AttentionOptions(scale, sliding_window or None, softcap or None)
+    store: KvStore = _current.store
+    return store.attend(layer_of(module), query, key, value, options), None
+
+
+def layer_of(module: torch.nn.Module) -> int:
+    """Return the number of the layer that an attention module belongs to."""
+    number = getattr(module, "layer_idx", None)
+    if not isinstance(number, int):
+        raise UnsupportedModelError(f"{type(module).__name__} does not know its layer's number")
+    return number
+
+
+def attend_one_row(
+    q_1HQD: Tensor, k_1KLD: Tensor, v_1KLD: Tensor, options: AttentionOptions
+) -> Tensor:
+    """Attend from the last Q of a row's L tokens to all that they see.
+
+    Returns:
+        The output, (1, H, Q, D).
+    """
+    queries, tokens = q_1HQD.shape[2], k_1KLD.shape[2]
+    if options.window and tokens > options.window + queries - 1:
+        first = tokens - options.window - queries + 1
+        k_1KLD, v_1KLD = k_1KLD[:, :, first:], v_1KLD[:, :, first:]
+        tokens -= first
+    groups = q_1HQD.shape[1] // k_1KLD.shape[1]
+    if options.softcap:
+        return _softcapped(q_1HQD, k_1KLD, v_1KLD, options)
+    if queries == 1 and groups > 1:
+        # Heads that share keys become queries of one head: nothing is copied.
+        q_1KGD = q_1HQD.view(1, -1, groups, q_1HQD.shape[3])
+        out = scaled_dot_product_attention(q_1KGD, k_1KLD, v_1KLD, scale=options.scale)
+        return out.reshape(1, -1, 1, out.shape[-1])
+    mask = None if queries == 1 else _mask(queries, tokens, options.window, q_1HQD.device)
+    return scaled_dot_product_attention(
+        q_1HQD, k_1KLD, v_1KLD, scale=options.scale, enable_gqa=groups > 1,
+        attn_mask=mask, is_causal=mask is None and queries > 1,
+    )  # fmt: skip
+
+
+def _mask(queries: int, tokens: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Return what the last `queries` of `tokens` see, as booleans; None if that is plain causal."""
+    if queries == tokens and (window is None or window >= tokens):
+        return None
+    seen_QL = torch.ones(queries, tokens, dtype=torch.bool, device=device)
+    seen_QL = seen_QL.tril_(tokens - queries)
+    return seen_QL if window is None else seen_QL.triu_(tokens - queries - window + 1)
+
+
+def _softcapped(
+    q_1HQD: Tensor, k_1KLD: Tensor, v_1KLD: Tensor, options: AttentionOptions
+) -> Tensor:
+    """Attend with squashed scores, which no fused kernel on a CPU knows, as Gemma 2 does."""
+    assert options.softcap is not None
+    queries, tokens = q_1HQD.shape[2], k_1KLD.shape[2]
+    groups = q_1HQD.shape[1] // k_1KLD.shape[1]
+    k_1HLD, v_1HLD = (x.repeat_interleave(groups, dim=1) for x in (k_1KLD, v_1KLD))
+    scores = torch.matmul(q_1HQD, k_1HLD.transpose(2, 3)) * options.scale
+    scores = torch.tanh(scores / options.softcap) * options.softcap
+    mask = _mask(queries, tokens, options.window, q_1HQD.device)
+    if mask is None and queries > 1:
+        mask = torch.ones(queries, tokens, dtype=torch.bool, device=scores.device).tril_()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.float32).to(q_1HQD.dtype)
+    return torch.matmul(weights, v_1HLD)

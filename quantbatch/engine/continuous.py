@@ -1,0 +1,319 @@
+"""The default engine: a running batch that rows enter and leave at every step.
+
+A step computes the newest token of each running row and pieces of the prompts that are to join
+them, all packed into one forward without padding. A row that is done leaves at once, and another
+takes its place in the next step, from whatever chunk it comes. The parts:
+
+    scheduler.py   who runs next: admission by KV tokens, pieces, rows put back
+    blocks.py      whose blocks of KV cache are whose, and which are shared
+    forward.py     the model's own forward over the packed tokens
+    attention.py   how its attention comes to our cache: slots.py on CPUs, paged.py on cards
+    sampling.py    the next token of each row, by its own settings
+    backoff.py     smaller steps when memory runs out
+    probe.py       whether a model can run like this at all
+
+`step` launches a step and then lands one: reads its tokens, ends rows. On a card the one that it
+lands is the step before, so the card never waits for Python: which rows go on is known before their
+tokens are, and the rare row that turns out to have ended has computed one token for nothing. On a
+CPU there is nothing to overlap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from quantbatch.engine import attention
+from quantbatch.engine.backoff import Backoff
+from quantbatch.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
+from quantbatch.engine.ends import Endings
+from quantbatch.engine.forward import Forward
+from quantbatch.engine.probe import Probe
+from quantbatch.engine.sampling import Sampler
+from quantbatch.engine.scheduler import Limits, Scheduler
+from quantbatch.engine.slots import SlotStore
+from quantbatch.engine.telemetry import Telemetry
+from quantbatch.records import Failure, TokenLogprobs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from quantbatch.engine.sampling import Chosen
+    from quantbatch.engine.scheduler import Piece, Row
+    from quantbatch.engine.telemetry import Totals
+    from quantbatch.records import Answer, Request
+
+NOT_FINITE = (
+    "the model's scores are not finite; float16 overflows beyond 65,504: bfloat16 or float32 may"
+    " help (model.dtype, model.quantization.compute_dtype)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """How much an engine may do at once."""
+
+    rows: int
+    """Rows decoded together."""
+    kv_tokens: int
+    """Tokens that the KV cache has room for."""
+    step_tokens: int
+    """Tokens computed in one step: what a forward's memory is planned for."""
+    block_tokens: int = BLOCK_TOKENS
+    refill_rows: int = 1
+    """Free places to wait for before rows are admitted; see `Scheduler`."""
+    share_prefixes: bool = True
+    """Whether the common beginning of prompts is computed once."""
+
+
+class _Launched(NamedTuple):
+    """A step on its way: the rows whose next token it chooses, and those tokens."""
+
+    rows: list[Row]
+    chosen: Chosen
+
+
+class ContinuousEngine:
+    """See `Engine`.
+
+    Args:
+        model: As `weights.bnb.load` returns it; its attention is exchanged for ours.
+        tokenizer: The model's.
+        limits: How much it may do at once.
+
+    Raises:
+        UnsupportedModelError: The model can't run like this; it is as it was.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: EngineLimits,
+    ) -> None:
+        self._device = model.device
+        self._endings = Endings(model, tokenizer)
+        self._context_tokens = getattr(
+            model.config.get_text_config(), "max_position_embeddings", None
+        )
+        self._vocabulary: int = model.get_input_embeddings().num_embeddings
+        self._limits = limits
+        self._pool = BlockPool(blocks_for(limits.kv_tokens, limits.block_tokens))
+        self._scheduler = Scheduler(
+            self._pool,
+            slots=limits.rows,
+            refill_rows=limits.refill_rows,
+            share_prefixes=limits.share_prefixes,
+            block_tokens=limits.block_tokens,
+        )
+        self._forward = self._make_forward(model)
+        self._sampler = Sampler(slots=limits.rows, endings=self._endings, device=self._device)
+        self._backoff = Backoff(Limits(limits.rows, limits.step_tokens))
+        self._telemetry = Telemetry()
+        self._ready: list[Answer] = []
+        """Answers that `step` has yet to return."""
+        self._failed: list[Row] = []
+        self._flying: _Launched | None = None
+
+    def _make_forward(self, model: PreTrainedModel) -> Forward:
+        limits = self._limits
+        before = model.config._attn_implementation
+        probe = Probe(model)
+        store = SlotStore(
+            slots=max(2, limits.rows), blocks=self._pool.size, block_tokens=limits.block_tokens
+        )
+        try:
+            forward = Forward(model, store)
+            blocks = self._pool.allocate(self._pool.available)
+            probe.check(forward, blocks)
+            self._pool.release(blocks)
+        except attention.UnsupportedModelError:
+            model.set_attn_implementation(before)
+            raise
+        return forward
+
+    @property
+    def totals(self) -> Totals:
+        """What it did since it was made."""
+        totals = self._telemetry.totals
+        totals.preemptions = self._scheduler.preemptions
+        totals.reused_tokens = self._scheduler.reused_tokens
+        return totals
+
+    # ---- requests come in
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """See `Engine`."""
+        sound = []
+        for request in requests:
+            wrong = self._wrong_with(request)
+            if wrong:
+                self._ready.append(Failure(request.id, "bad_request", wrong))
+            else:
+                sound.append(request)
+        self._scheduler.add(sound, self._context_tokens)
+
+    def _wrong_with(self, request: Request) -> str | None:
+        """Return why a request can't be run."""
+        prompt, sampling, context = request.prompt_ids, request.sampling, self._context_tokens
+        words = self._vocabulary
+        if not 0 <= min(prompt) <= max(prompt) < words:
+            return f"token id {max(prompt)} in the prompt: the model has {words:,} tokens"
+        if any(token >= words for token in sampling.logit_bias):
+            token = max(sampling.logit_bias)
+            return f"sampling.logit_bias: no token {token}, the model has {words:,}"
+        if context is not None and len(prompt) >= context:
+            return f"the prompt has {len(prompt):,} tokens, the model's context {context:,}"
+        if not self._scheduler.fits_alone(
+            min(len(prompt) + sampling.max_new_tokens, context or 1 << 62)
+        ):
+            return (
+                f"{len(prompt):,} prompt and {sampling.max_new_tokens:,} new tokens are more than"
+                f" the {self._limits.kv_tokens:,} that the KV cache has room for"
+            )
+        return None
+
+    def has_work(self) -> bool:
+        """See `Engine`."""
+        return bool(self._scheduler.has_rows or self._ready or self._flying)
+
+    # ---- a step
+
+    def step(self) -> Sequence[Answer]:
+        """See `Engine`."""
+        began = time.perf_counter()
+        totals = self._telemetry.totals
+        self._flying, landing = None, self._launch()
+        if landing is not None:
+            self._land(landing)
+        finished, self._ready = self._ready, []
+        now = time.perf_counter()
+        totals.step_s += now - began
+        totals.finished += len(finished)
+        self._telemetry.stepped(now, self._pool.in_use / self._pool.size)
+        return finished
+
+    def _launch(self) -> _Launched | None:
+        """Start the next step; None if there is none, or it ran out of memory and was put back."""
+        pieces = self._scheduler.next_step(self._backoff.limits)
+        if not pieces:
+            return None
+        try:
+            launched = self._run(pieces)
+        except torch.OutOfMemoryError:
+            self._out_of_memory(pieces)
+            return None
+        except Exception:
+            self._failed = [piece.row for piece in pieces]
+            raise
+        self._backoff.succeeded()
+        self._count(pieces)
+        return launched
+
+    def _run(self, pieces: Sequence[Piece]) -> _Launched:
+        with torch.inference_mode():
+            self._enter(pieces)
+            began = time.perf_counter()
+            scores = self._forward(pieces, self._tokens(pieces))
+            self._telemetry.totals.forward_s += time.perf_counter() - began
+            for row, index in self._scheduler.keepable(pieces):
+                self._forward.store.keep(row.slot, index, row.blocks[index])
+            rows = [piece.row for piece in pieces if piece.samples]
+            # `generated` counts the token that is chosen now.
+            chosen = self._sampler.choose(scores, rows, [row.generated - 1 for row in rows])
+        return _Launched(rows, chosen)
+
+    def _enter(self, pieces: Sequence[Piece]) -> None:
+        """Prepare the places of rows that were just admitted."""
+        starts = {piece.row.slot: piece.start for piece in pieces}
+        for row in self._scheduler.admitted:
+            shared = starts[row.slot] // self._limits.block_tokens
+            if shared:
+                self._forward.store.use(row.slot, row.blocks[:shared])
+            self._sampler.start(row, self._vocabulary)
+
+    def _tokens(self, pieces: Sequence[Piece]) -> Tensor:
+        ids: list[int] = []
+        for row, start, end, _ in pieces:
+            ids += row.tokens[start:end]
+        return torch.tensor(ids, device=self._device)
+
+    def _count(self, pieces: Sequence[Piece]) -> None:
+        totals, scheduler = self._telemetry.totals, self._scheduler
+        totals.rows += len(pieces)
+        prompt = sum(max(0, min(p.end, p.row.prompt_tokens) - p.start) for p in pieces)
+        totals.prefill_tokens += prompt
+        totals.decode_tokens += sum(piece.samples for piece in pieces)
+        totals.positions += sum(piece.tokens for piece in pieces)
+        totals.wasted_positions += scheduler.recomputed_tokens
+        scheduler.recomputed_tokens = 0
+
+    # ---- its results
+
+    def _land(self, launched: _Launched) -> None:
+        """Read the tokens of a step and end the rows that are done."""
+        rows, chosen = launched
+        tokens, sound = chosen.tokens_B.tolist(), chosen.sound_B.tolist()
+        self._note_logprobs(launched)
+        for row, token, is_sound in zip(rows, tokens, sound, strict=True):
+            if row.done:
+                continue
+            row.tokens.append(token)
+            if not is_sound:
+                self._scheduler.finish(row)
+                self._ready.append(Failure(row.request.id, "model", NOT_FINITE))
+            elif self._is_done(row, token):
+                self._scheduler.finish(row)
+                logprobs = row.logprobs if row.request.sampling.logprobs is not None else None
+                answer = row.tokens[row.prompt_tokens :]
+                self._ready.append(self._endings.completion(row.request, answer, logprobs))
+
+    def _is_done(self, row: Row, token: int) -> bool:
+        sampling = row.request.sampling
+        if len(row.tokens) >= row.limit or token in self._endings.end_ids(sampling):
+            return True
+        answer = row.tokens[row.prompt_tokens :] if sampling.stop else ()
+        return bool(answer) and self._endings.stopped(answer, sampling)
+
+    def _note_logprobs(self, launched: _Launched) -> None:
+        found = launched.chosen.logprobs
+        if found is None:
+            return
+        columns = (found.chosen_R.tolist(), found.top_ids_RK.tolist(), found.top_RK.tolist())
+        for place, chosen, ids, values in zip(found.rows, *columns, strict=True):
+            row = launched.rows[place]
+            wanted = row.request.sampling.logprobs
+            top = tuple(zip(ids[:wanted], values[:wanted], strict=True))
+            row.logprobs.append(TokenLogprobs(chosen, top))
+
+    # ---- trouble
+
+    def _out_of_memory(self, pieces: Sequence[Piece]) -> None:
+        """Put the rows of a step back and make steps smaller; a row that fails alone is given up."""
+        self._telemetry.totals.out_of_memory += 1
+        tokens = sum(piece.tokens for piece in pieces)
+        if not self._backoff.failed(rows=len(pieces), tokens=tokens):
+            self._failed = [piece.row for piece in pieces]
+            raise torch.OutOfMemoryError("out of memory with one row and the smallest step")
+        self._scheduler.undo(pieces)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def evict(self) -> Sequence[Request]:
+        """See `Engine`."""
+        failed, self._failed = self._failed, []
+        for row in failed:
+            self._scheduler.remove(row)
+        return [row.request for row in failed]
+
+    def close(self) -> None:
+        """Give the model its own attention back."""
+        with contextlib.suppress(AttributeError):
+            self._forward.model.set_attn_implementation("sdpa")

@@ -1,0 +1,106 @@
+"""Can this model run over packed sequences? Asked of the model itself, before any row.
+
+No list of architectures could be complete. Two short rows are run through the packed forward, in
+pieces and token by token, and their scores are compared with those of the model's plain forward. A
+model with state of another kind (linear attention), with an attention of its own, or that drops
+what it should pass on, fails here, and its rows are answered by the static engine.
+"""
+# ruff: noqa: N806 - names of tensors end in their shape
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantbatch.engine.attention import UnsupportedModelError
+from quantbatch.engine.scheduler import Piece, Row
+from quantbatch.records import Request, RequestId
+from quantbatch.spec import Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from quantbatch.engine.forward import Forward
+
+LENGTHS = (23, 9)
+STEPS = (((0, 0, 10), (1, 0, 8)), ((0, 10, 22), (1, 8, 9)), ((0, 22, 23),))
+"""Pieces of each step: row, start, end. Whole prompts, pieces, single tokens, and a mix."""
+CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+"""Greatest distance between scores as a share of their size. Kernels of 16-bit types differ by
+about 0.01, a wrong position or a token that should not be seen by far more."""
+
+
+class Probe:
+    """Two rows and the scores that the plain forward gives them; made before the attention is
+    exchanged.
+
+    Args:
+        model: As it was loaded.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        vocabulary = model.get_input_embeddings().num_embeddings
+        random = torch.Generator().manual_seed(0)
+        self._ids = [torch.randint(vocabulary, (n,), generator=random) for n in LENGTHS]
+        self._device = model.device
+        plain: Any = model
+        with torch.inference_mode():
+            self._plain = [
+                plain(input_ids=ids[None].to(self._device), use_cache=False).logits[0].float()
+                for ids in self._ids
+            ]
+
+    def check(self, forward: Forward, blocks: Sequence[int]) -> None:
+        """Compare.
+
+        Args:
+            forward: The packed forward.
+            blocks: Blocks that the two rows may use, half of them each.
+
+        Raises:
+            UnsupportedModelError: The scores differ, or the model needs what there is not.
+        """
+        half = len(blocks) // 2
+        rows = [_row(0, self._ids[0], blocks[:half]), _row(1, self._ids[1], blocks[half:])]
+        try:
+            distances = [self._distance(forward, rows, step) for step in STEPS]
+        except UnsupportedModelError:
+            raise
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model does with a cache that is none of its own
+            raise UnsupportedModelError(f"{type(error).__name__}: {error}") from error
+        close = CLOSE.get(self._plain[0].dtype if _is_float32(forward.model) else torch.bfloat16, 0)
+        if not max(distances) <= close:
+            raise UnsupportedModelError(
+                f"its scores over packed rows differ from its own by {max(distances):.2g}"
+            )
+
+    def _distance(
+        self, forward: Forward, rows: Sequence[Row], step: Sequence[tuple[int, int, int]]
+    ) -> float:
+        pieces = [Piece(rows[i], start, end, samples=True) for i, start, end in step]
+        tokens_T = torch.cat([self._ids[i][start:end] for i, start, end in step])
+        with torch.inference_mode():
+            scores_BV = forward(pieces, tokens_T.to(self._device)).float()
+        plain_BV = torch.stack([self._plain[i][end - 1] for i, _, end in step])
+        return _relative(scores_BV - plain_BV, plain_BV)
+
+
+def _relative(difference: Tensor, whole: Tensor) -> float:
+    return float(difference.norm() / whole.norm().clamp(min=1e-6))
+
+
+def _is_float32(model: PreTrainedModel) -> bool:
+    return model.get_input_embeddings().weight.dtype == torch.float32
+
+
+def _row(slot: int, ids: Tensor, blocks: Sequence[int]) -> Row:
+    prompt = tuple(ids.tolist())
+    request = Request(RequestId(-1, slot), prompt, Sampling(max_new_tokens=1), 0)
+    limit = len(prompt) + 1
+    return Row(request, (0, 0), list(prompt), limit, limit, blocks=list(blocks), slot=slot)

@@ -1,0 +1,350 @@
+"""Who runs in the next step: admission by KV tokens, prompts in pieces, rows put back and kept.
+
+Pure: no tensors, so that everything about it can be tested in milliseconds. A step is a list of
+pieces, each some consecutive tokens of one row; a running row that has only its newest token to
+compute is a piece of one. Prompts and running rows share a step, so the weights (and their
+dequantization) are paid once for both, up to a budget of tokens that bounds the memory of a step.
+
+Order. Rows are admitted in the order of `add`, the longest first among those that came together:
+the rows that take longest should not begin last. A row is never passed over for want of room, so
+none starves; it is passed over for a moment when its prompt's beginning is just being computed by
+another row, whose blocks it will then share.
+
+Room. A row is admitted when the pool has room for its prompt and for the growth that it and all
+running rows are expected to have. An expectation can be wrong, so when a running row finds no
+block, the youngest is put back: it waits at the front of the queue, keeps its answer so far, and
+its cache is computed again later. The oldest row always gets on, so the work always ends.
+
+`length` of a row may be ahead of the tokens that are known: on a card the next step is launched
+before the last one's tokens have been read.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from quantbatch.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for, prefix_digests
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from quantbatch.records import Request, TokenLogprobs
+
+PASSED_OVER_AT_MOST = 256
+"""Rows of the queue looked at in one step behind one that waits for a neighbour's blocks."""
+ANSWERS_TO_TRUST = 16
+"""Finished rows after which their mean length says more than max_new_tokens."""
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """A request on its way through the engine."""
+
+    request: Request
+    order: tuple[int, int]
+    """Its place in the queue: which `add` it came with, then longer prompts first."""
+    tokens: list[int]
+    """Prompt and answer as far as they are known."""
+    limit: int
+    """Most tokens it may have, prompt and answer together."""
+    length: int
+    """Tokens it has, those that are still being chosen on the device included."""
+    computed: int = 0
+    """Tokens whose keys and values are in the cache, or will be when launched steps are done."""
+    once_computed: int = 0
+    """The most that `computed` ever was: what is computed below it is computed again."""
+    blocks: list[int] = field(default_factory=list)
+    slot: int = -1
+    """Its place in the batch; -1 while it waits."""
+    digests: list[bytes] = field(default_factory=list)
+    """Of its prompt's full blocks."""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    done: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the answer so far, those still being chosen included."""
+        return self.length - self.prompt_tokens
+
+
+class Piece(NamedTuple):
+    """Tokens `start` to `end` of a row, computed in one step."""
+
+    row: Row
+    start: int
+    end: int
+    samples: bool
+    """Whether the row's next token is chosen after this piece: it is, after the newest one."""
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return self.end - self.start
+
+
+class Limits(NamedTuple):
+    """What a step may take at most; both shrink when memory runs out."""
+
+    rows: int
+    """Rows that run at once."""
+    step_tokens: int
+    """Tokens computed in one step."""
+
+
+class Scheduler:
+    """Holds the waiting and the running rows and decides on each step.
+
+    Args:
+        pool: The blocks.
+        slots: Places in the batch.
+        refill_rows: Free places to wait for before rows are admitted to a running batch. On a card
+            a step with prompts in it costs more than one without, whatever they are.
+        share_prefixes: Whether rows whose prompts begin alike share those blocks.
+        block_tokens: Tokens of a block.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        slots: int,
+        refill_rows: int = 1,
+        share_prefixes: bool = True,
+        block_tokens: int = BLOCK_TOKENS,
+    ) -> None:
+        self.pool = pool
+        self.running: list[Row] = []
+        """Oldest first."""
+        self.preemptions = 0
+        self.reused_tokens = 0
+        self.recomputed_tokens = 0
+        self.admitted: list[Row] = []
+        """Rows that the last step admitted."""
+        self._waiting: list[Row] = []
+        """The next one last."""
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._refill_rows = refill_rows
+        self._share = share_prefixes
+        self._block_tokens = block_tokens
+        self._adds = 0
+        self._wanted: Counter[bytes] = Counter()
+        """How many waiting rows have a block in their prompt."""
+        self._coming: set[bytes] = set()
+        """Wanted blocks that a running row is about to compute."""
+        self._answers, self._answer_tokens = 0, 0
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether any row waits or runs."""
+        return bool(self._waiting or self.running)
+
+    @property
+    def waiting(self) -> int:
+        """Rows that wait."""
+        return len(self._waiting)
+
+    # ---- rows come and go
+
+    def add(self, requests: Iterable[Request], context_tokens: int | None) -> None:
+        """Queue requests; each must be able to have at least one new token within the context and
+        fit the pool alone.
+        """
+        self._adds += 1
+        for request in requests:
+            length = len(request.prompt_ids)
+            limit = min(length + request.sampling.max_new_tokens, context_tokens or 1 << 62)
+            row = Row(request, (self._adds, -length), list(request.prompt_ids), limit, length)
+            if self._share:
+                row.digests = prefix_digests(request.prompt_ids, self._block_tokens)
+            self._queue(row)
+        self._sort()
+
+    def fits_alone(self, tokens: int) -> bool:
+        """Tell whether a row of so many tokens fits the pool when it has all of it."""
+        return blocks_for(tokens, self._block_tokens) <= self.pool.size
+
+    def finish(self, row: Row) -> None:
+        """Take out a row that is answered."""
+        row.done = True
+        self._answers += 1
+        self._answer_tokens += row.generated
+        self.remove(row)
+
+    def remove(self, row: Row) -> None:
+        """Take out a row and forget what was computed for it."""
+        if row.slot >= 0:
+            self._leave(row)
+        else:
+            self._waiting.remove(row)
+            self._unwant(row)
+
+    def put_back(self, row: Row) -> None:
+        """Let a running row wait again; its answer so far is kept."""
+        self._leave(row)
+        self._queue(row)
+        self._sort()
+
+    def _queue(self, row: Row) -> None:
+        self._waiting.append(row)
+        self._wanted.update(row.digests)
+
+    def _unwant(self, row: Row) -> None:
+        for digest in row.digests:
+            self._wanted[digest] -= 1
+            if not self._wanted[digest]:
+                del self._wanted[digest]
+
+    def _sort(self) -> None:
+        self._waiting.sort(key=operator.attrgetter("order"), reverse=True)
+
+    def _leave(self, row: Row) -> None:
+        self.running.remove(row)
+        self.pool.release(row.blocks)
+        self._free_slots.append(row.slot)
+        self._coming.difference_update(row.digests[row.computed // self._block_tokens :])
+        row.slot, row.blocks, row.computed = -1, [], 0
+
+    def undo(self, pieces: Iterable[Piece]) -> None:
+        """Put back the rows of a step that failed before it chose any token."""
+        for piece in pieces:
+            piece.row.length -= piece.samples
+            self.put_back(piece.row)
+
+    # ---- a step
+
+    def next_step(self, limits: Limits) -> list[Piece]:
+        """Decide what to compute next, and give the rows the blocks for it.
+
+        Returns:
+            The pieces, at most `limits.step_tokens` tokens together; empty if there is nothing to
+            compute until tokens are read.
+        """
+        self.admitted = []
+        pieces = list(self._of_running(limits))
+        budget = limits.step_tokens - sum(piece.tokens for piece in pieces)
+        pieces += self._of_waiting(limits, budget)
+        for piece in pieces:
+            self._launched(piece)
+        return pieces
+
+    def _launched(self, piece: Piece) -> None:
+        row = piece.row
+        self.recomputed_tokens += max(0, min(row.once_computed, piece.end) - piece.start)
+        if piece.samples:
+            row.length += 1
+        row.computed = piece.end
+        row.once_computed = max(row.once_computed, piece.end)
+
+    def _of_running(self, limits: Limits) -> Iterator[Piece]:
+        """Yield pieces of running rows, oldest first: those that are put back on the way are younger
+        than any that has its piece.
+        """
+        while len(self.running) > limits.rows:
+            self._preempt(self.running[-1])
+        budget = limits.step_tokens
+        for place, row in enumerate(list(self.running)):
+            if row.slot < 0 or row.length >= row.limit or not budget:
+                continue
+            # A prompt leaves each row behind it the one token that it needs to go on.
+            behind = max(0, len(self.running) - place - 1)
+            end = min(row.length, row.computed + max(1, budget - behind))
+            if self._take_blocks(row, end):
+                budget -= end - row.computed
+                yield Piece(row, row.computed, end, end == row.length)
+
+    def _take_blocks(self, row: Row, tokens: int) -> bool:
+        """Give a row blocks for its first `tokens` tokens, putting younger rows back if need be."""
+        missing = blocks_for(tokens, self._block_tokens) - len(row.blocks)
+        while missing > self.pool.available:
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is row:
+                return False
+        row.blocks += self.pool.allocate(max(0, missing))
+        return True
+
+    def _preempt(self, row: Row) -> None:
+        self.preemptions += 1
+        self.put_back(row)
+
+    def _of_waiting(self, limits: Limits, budget: int) -> Iterator[Piece]:
+        """Admit rows while there are places, blocks and tokens left in the step's budget."""
+        free = min(len(self._free_slots), limits.rows - len(self.running))
+        if self.running and free < min(self._refill_rows, len(self._waiting)):
+            return
+        passed_over: list[Row] = []
+        while free > 0 and budget > 0 and self._waiting and len(passed_over) < PASSED_OVER_AT_MOST:
+            row = self._waiting.pop()
+            if self._must_wait(row):
+                passed_over.append(row)
+                continue
+            if not self._has_room(row):
+                self._waiting.append(row)
+                break
+            self._admit(row)
+            end = min(row.length, row.computed + budget)
+            taken = self._take_blocks(row, end)
+            assert taken and row.slot >= 0, "a row was admitted without room for its prompt"
+            budget -= end - row.computed
+            free -= 1
+            yield Piece(row, row.computed, end, end == row.length)
+        self._waiting += reversed(passed_over)
+
+    def _must_wait(self, row: Row) -> bool:
+        if len(row.tokens) < row.length:
+            return True  # put back before its newest token was read
+        kept = self.pool.count_kept(row.digests)
+        return kept < len(row.digests) and row.digests[kept] in self._coming
+
+    def _has_room(self, row: Row) -> bool:
+        """Tell whether the pool has room for a row and for what all running rows may still grow."""
+        shared = row.digests[: self.pool.count_kept(row.digests)]
+        own = blocks_for(self._expected_tokens(row), self._block_tokens) - len(shared)
+        growth = sum(
+            max(0, blocks_for(self._expected_tokens(other), self._block_tokens) - len(other.blocks))
+            for other in self.running
+        )
+        room = self.pool.available - self.pool.idle_among(shared)
+        if not self.running:
+            return blocks_for(row.length, self._block_tokens) - len(shared) <= room
+        return own + growth <= room
+
+    def _expected_tokens(self, row: Row) -> int:
+        """Return how long a row is expected to become, from the answers so far."""
+        if self._answers < ANSWERS_TO_TRUST:
+            return row.limit
+        mean = self._answer_tokens // self._answers + 1
+        return min(row.limit, max(row.length + self._block_tokens, row.prompt_tokens + mean))
+
+    def _admit(self, row: Row) -> None:
+        self._unwant(row)
+        row.slot = self._free_slots.pop()
+        shared = row.digests[: self.pool.count_kept(row.digests)]
+        row.blocks = self.pool.share(shared)
+        row.computed = len(shared) * self._block_tokens
+        self.reused_tokens += max(0, row.computed - row.once_computed)
+        self._coming.update(d for d in row.digests[len(shared) :] if self._wanted[d] > 0)
+        self.running.append(row)
+        self.admitted.append(row)
+
+    def keepable(self, pieces: Sequence[Piece]) -> Iterator[tuple[Row, int]]:
+        """Keep the blocks that these pieces filled and that waiting rows want.
+
+        Yields:
+            The row and the number of the block within it, for each block that is kept now.
+        """
+        for row, start, end, _ in pieces:
+            filled = range(start // self._block_tokens, end // self._block_tokens)
+            for index in filled[: max(0, len(row.digests) - filled.start)]:
+                digest = row.digests[index]
+                self._coming.discard(digest)
+                if self._wanted[digest] > 0 and self.pool.keep(row.blocks[index], digest):
+                    yield row, index
