@@ -7,8 +7,9 @@ whose weights are made by hand so that each token has one successor: after "a" i
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from quantbatch.engine import static
-from quantbatch.engine.ends import Cut, find_stop
-from quantbatch.engine.static import StaticEngine, uniform_numbers
+from quantbatch.engine.ends import Cut, Endings, find_stop
+from quantbatch.engine.noise import gumbel_noise
+from quantbatch.engine.static import StaticEngine
 from quantbatch.model.checkpoint import open_checkpoint
-from quantbatch.records import Completion, FinishReason, Request, RequestId
+from quantbatch.records import Answer, Completion, Failure, FinishReason, Request, RequestId
 from quantbatch.spec import Model, Sampling
 from quantbatch.weights.bnb import load
 from tests.integration.llama import make_llama, make_model
@@ -112,10 +114,21 @@ def ask(
         Request(RequestId(0, i), prompt, sampling, seeds[i] if seeds else i)
         for i, prompt in enumerate(ids)
     )
-    answers: dict[int, Completion] = {}
+    answers = {answer.id.row: answer for answer in run(engine, [])}
+    return [completed(answers[i]) for i in range(len(prompts))]
+
+
+def completed(answer: Answer) -> Completion:
+    assert isinstance(answer, Completion), answer
+    return answer
+
+
+def run(engine: StaticEngine, requests: Sequence[Request]) -> list[Answer]:
+    engine.add(requests)
+    found: list[Answer] = []
     while engine.has_work():
-        answers |= {completion.id.row: completion for completion in engine.step()}
-    return [answers[i] for i in range(len(prompts))]
+        found += engine.step()
+    return found
 
 
 def random_prompts(count: int = 13) -> list[list[int]]:
@@ -124,6 +137,197 @@ def random_prompts(count: int = 13) -> list[list[int]]:
         torch.randint(3, VOCABULARY, (1 + (7 * i) % 40,), generator=random).tolist()
         for i in range(count)
     ]
+
+
+# ---- every option against its definition
+
+
+class Expected(NamedTuple):
+    token_ids: tuple[int, ...]
+    logprobs: list[float]
+    likeliest: list[list[int]]
+
+
+def by_definition(
+    model: Any, tokenizer: Any, prompt: Sequence[int], sampling: Sampling, seed: int
+) -> Expected:
+    """One row, one whole forward for each token, each rule as it reads."""
+    answer: list[int] = []
+    logprobs: list[float] = []
+    likeliest: list[list[int]] = []
+    ends = {0, 1, *sampling.stop_token_ids}
+    while len(answer) < sampling.max_new_tokens and not ends & set(answer):
+        with torch.no_grad():
+            raw = model(torch.tensor([[*prompt, *answer]])).logits[0, -1]
+        scores = adjusted(raw.tolist(), prompt, answer, sampling, tokenizer)
+        if len(answer) < sampling.min_new_tokens:
+            scores = [-torch.inf if i in ends else score for i, score in enumerate(scores)]
+        if sampling.temperature:
+            noise = gumbel_noise(torch.tensor([seed]), torch.tensor([len(answer)]), len(scores))
+            scores = (torch.tensor(narrowed(scores, sampling)) + noise[0]).tolist()
+        answer.append(max(range(len(scores)), key=scores.__getitem__))
+        logs = raw.log_softmax(-1).tolist()
+        logprobs.append(logs[answer[-1]])
+        likeliest.append(sorted(range(len(logs)), key=logs.__getitem__, reverse=True))
+    return Expected(tuple(answer), logprobs, likeliest)
+
+
+def adjusted(
+    scores: list[float],
+    prompt: Sequence[int],
+    answer: list[int],
+    sampling: Sampling,
+    tokenizer: Any,
+) -> list[float]:
+    for token, bias in sampling.logit_bias.items():
+        scores[token] += bias
+    for token in {*prompt, *answer}:
+        by = sampling.repetition_penalty
+        scores[token] = scores[token] * by if scores[token] < 0 else scores[token] / by
+    for token in set(answer):
+        scores[token] -= sampling.presence_penalty
+        scores[token] -= sampling.frequency_penalty * answer.count(token)
+    for word in sampling.bad_words:
+        for run in (tokenizer.encode(word), tokenizer.encode(" " + word)):
+            if [None, *answer][-len(run) + 1 or len(answer) + 1 :] == run[:-1]:
+                scores[run[-1]] = -torch.inf
+    return scores
+
+
+def narrowed(scores: list[float], sampling: Sampling) -> list[float]:
+    scores = [score / sampling.temperature for score in scores]
+    ranked = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+    kept = ranked[: sampling.top_k or None]
+    kept = most_of(kept, scores, sampling.top_p)
+    kept = [i for i in kept if scores[i] - scores[ranked[0]] >= math.log(sampling.min_p or 1e-300)]
+    return [score if i in kept else -torch.inf for i, score in enumerate(scores)]
+
+
+def most_of(ranked: list[int], scores: list[float], share: float) -> list[int]:
+    weights = [math.exp(scores[i] - scores[ranked[0]]) for i in ranked]
+    before = [sum(weights[:at]) / sum(weights) for at in range(len(ranked))]
+    return [i for i, above in zip(ranked, before, strict=True) if above < share or share == 1]
+
+
+A, B = (3 + ALPHABET.index(letter) for letter in "ab")
+FAVOURED = {A: 9.0, B: 9.0}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "logit_bias": {"logit_bias": {A: 3.5, 40: -100.0}},
+    "repetition_penalty": {"repetition_penalty": 1.4},
+    "presence_penalty": {"presence_penalty": 2.0},
+    "presence_reward": {"presence_penalty": -2.0},
+    "frequency_penalty": {"frequency_penalty": 0.9},
+    "frequency_reward": {"frequency_penalty": -0.9},
+    "bad_words": {"logit_bias": FAVOURED, "bad_words": ["aa", "bab", "b\u20ac"]},
+    "one bad letter": {"logit_bias": FAVOURED, "bad_words": ["a"]},
+    "stop_token_ids": {"logit_bias": {A: 3.0}, "stop_token_ids": [A, 90]},
+    "min_new_tokens": {"logit_bias": FAVOURED, "stop_token_ids": [A], "min_new_tokens": 7},
+    "minimum before the end": {"logit_bias": {0: 20.0}, "min_new_tokens": 4},
+    "temperature": {"temperature": 0.8},
+    "top_k": {"temperature": 1.5, "top_k": 5},
+    "top_p": {"temperature": 1.5, "top_p": 0.6},
+    "min_p": {"temperature": 1.5, "min_p": 0.2},
+    "all": {
+        "temperature": 1.3, "top_k": 60, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.1,
+        "presence_penalty": 0.9, "frequency_penalty": 0.6, "logit_bias": {A: 7.0, B: 5.0, 50: -9.0},
+        "bad_words": ["aa", "ba"], "stop_token_ids": [B, 61], "min_new_tokens": 3,
+    },
+}  # fmt: skip
+SEEDS = [(i * 0x9E3779B97F4A7C15) % 2**63 for i in range(1, 14)]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_does_what_it_says(random_model: Any, tokenizer: Any, option: str) -> None:
+    fields = OPTIONS[option]
+    sampling = Sampling.model_validate({"max_new_tokens": 16, "logprobs": 4} | fields)
+    prompts = random_prompts()
+    answers = ask(random_model, tokenizer, prompts, sampling, seeds=SEEDS)
+    for prompt, answer, seed in zip(prompts, answers, SEEDS, strict=True):
+        expected = by_definition(random_model, tokenizer, prompt, sampling, seed)
+        assert answer.token_ids == expected.token_ids
+        assert answer.logprobs is not None
+        assert [found.logprob for found in answer.logprobs] == pytest.approx(
+            expected.logprobs, abs=1e-4
+        )
+        for found, ranked in zip(answer.logprobs, expected.likeliest, strict=True):
+            assert [token for token, _ in found.top] == ranked[:4]
+            values = [value for _, value in found.top]
+            assert values == sorted(values, reverse=True)
+            assert found.logprob <= values[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "field"), [(option, field) for option, fields in OPTIONS.items() for field in fields]
+)
+def test_each_field_of_an_option_is_felt(
+    random_model: Any, tokenizer: Any, option: str, field: str
+) -> None:
+    """Else the test above could not fail."""
+    fields = OPTIONS[option]
+    prompts = random_prompts()
+    found = [
+        ask(
+            random_model, tokenizer, prompts,
+            Sampling.model_validate({"max_new_tokens": 16} | chosen), seeds=SEEDS,
+        )
+        for chosen in (fields, {name: fields[name] for name in fields if name != field})
+    ]  # fmt: skip
+    assert [answer.token_ids for answer in found[0]] != [answer.token_ids for answer in found[1]]
+
+
+def test_log_probabilities_cost_no_answer_its_tokens(random_model: Any, tokenizer: Any) -> None:
+    plain, bare, most = (
+        ask(random_model, tokenizer, random_prompts(5), Sampling(max_new_tokens=9, logprobs=count))
+        for count in (None, 0, 20)
+    )
+    assert (
+        [c.token_ids for c in plain] == [c.token_ids for c in bare] == [c.token_ids for c in most]
+    )
+    assert {c.logprobs for c in plain} == {None}
+    for one, other in zip(bare, most, strict=True):
+        assert one.logprobs is not None
+        assert other.logprobs is not None
+        assert [t.top for t in one.logprobs] == [()] * 9
+        assert [len(t.top) for t in other.logprobs] == [20] * 9
+        assert [t.logprob for t in one.logprobs] == [t.top[0][1] for t in other.logprobs]
+
+
+def test_log_probabilities_end_with_the_answer(chain_folder: Path, tokenizer: Any) -> None:
+    model = chain(chain_folder, tokenizer, f"abc{END}defgh")
+    sampling = Sampling(max_new_tokens=6, logprobs=1, stop=["fg"])
+    early, late = ask(model, tokenizer, ["a", "d"], sampling)
+    assert [len(c.logprobs or ()) for c in (early, late)] == [3, 3]
+    assert late.text == "e"
+    assert [t.top[0][0] for t in early.logprobs or ()] == [*early.token_ids]
+
+
+def test_a_bad_word_is_looked_for_in_the_answer_only(chain_folder: Path, tokenizer: Any) -> None:
+    """Not across the end of the prompt, whose last token may even be padding's."""
+    model = chain(chain_folder, tokenizer, "abcdef")
+    (answer,) = ask(model, tokenizer, ["a"], Sampling(max_new_tokens=9, bad_words=["ab"]))
+    assert (answer.text, answer.finish_reason) == ("bcdefa", STOP)
+    model.generation_config.pad_token_id = A
+    sampling = Sampling(max_new_tokens=3, bad_words=["aaab"])
+    found = ask(model, tokenizer, ["a", "cdefcdefcdef"], sampling)
+    assert [answer.text for answer in found] == ["bcd", "abc"]
+
+
+def test_a_bad_word_is_one_after_a_space_too(random_model: Any) -> None:
+    vocabulary = {letter: i for i, letter in enumerate("abc\u0120")} | {"\u0120a": 4, "ab": 5}
+    merges = [("\u0120", "a"), ("a", "b")]
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    endings = Endings(random_model, hf.PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert endings.bad_word_ids(Sampling(bad_words=["a", "abc"])) == ((0,), (4,), (5, 2), (4, 1, 2))
+    assert endings.bad_word_ids(Sampling(bad_words=["c"])) == ((2,), (3, 2))
+    assert endings.bad_word_ids(Sampling()) == ()
+
+
+def test_a_stop_token_is_no_part_of_the_text(chain_folder: Path, tokenizer: Any) -> None:
+    model = chain(chain_folder, tokenizer, "abcdef")
+    sampling = Sampling(max_new_tokens=9, stop_token_ids=tokenizer.encode("d"))
+    (answer,) = ask(model, tokenizer, ["a"], sampling)
+    assert (answer.text, len(answer.token_ids), answer.finish_reason) == ("bc", 3, STOP)
 
 
 # ---- the oracle
@@ -190,15 +394,23 @@ def test_greedy_answers_are_those_of_plain_generate(
         assert list(answer.token_ids) == plain[0, len(prompt) :].tolist()
 
 
-def test_padding_is_not_repetition(random_model: Any, tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        Sampling(max_new_tokens=10, repetition_penalty=3.0),
+        Sampling(max_new_tokens=10, presence_penalty=2.0),
+        Sampling(max_new_tokens=10, frequency_penalty=2.0),
+    ],
+    ids=["repetition", "presence", "frequency"],
+)
+def test_padding_is_not_repetition(random_model: Any, tokenizer: Any, penalty: Sampling) -> None:
     """Were padding counted, a penalty would keep rows from saying the padding's token."""
     prompts = random_prompts()
-    sampling = Sampling(max_new_tokens=10, repetition_penalty=3.0)
-    alone = ask(random_model, tokenizer, prompts, sampling, batch_size=1)
+    alone = ask(random_model, tokenizer, prompts, penalty, batch_size=1)
     said = alone[0].token_ids[0]
     config = random_model.generation_config
     before, config.pad_token_id = config.pad_token_id, said
-    together = ask(random_model, tokenizer, prompts, sampling)
+    together = ask(random_model, tokenizer, prompts, penalty)
     config.pad_token_id = before
     assert together == alone
 
@@ -407,11 +619,12 @@ def test_stops_are_found_as_by_looking_after_each_token(
 
 
 def test_a_row_s_numbers_are_its_own() -> None:
-    together = uniform_numbers([3, 2**63 - 1, 5], 10)
-    assert together.dtype == torch.float64
-    assert torch.equal(uniform_numbers([5], 10)[0], together[2])
-    assert torch.equal(uniform_numbers([5], 4)[0], together[2, :4])
-    assert not torch.equal(uniform_numbers([3 + 2**32], 10)[0], together[0])
+    seeds, steps = torch.tensor([3, 2**63 - 1, 5]), torch.tensor([0, 7, 1])
+    together = gumbel_noise(seeds, steps, 50)
+    assert torch.equal(gumbel_noise(seeds[2:], steps[2:], 50)[0], together[2])
+    assert torch.equal(gumbel_noise(seeds[2:], steps[2:], 20)[0], together[2, :20])
+    assert not torch.equal(gumbel_noise(seeds[2:], steps[:1], 50)[0], together[2])
+    assert not torch.equal(gumbel_noise(seeds[:1] + 2**32, steps[:1], 50)[0], together[0])
 
 
 def test_other_seeds_give_other_samples(random_model: Any, tokenizer: Any) -> None:
@@ -425,26 +638,21 @@ def test_other_seeds_give_other_samples(random_model: Any, tokenizer: Any) -> No
 def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
     rows = 20_000
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
-    draw = static._Draw(uniform_numbers(range(rows), 2), 1)
+    draw = static._Draw(torch.arange(rows), 1)
     scores = probabilities.log().expand(rows, -1)
-    for step in (1, 2):
-        chosen = draw(torch.zeros(rows, step, dtype=torch.long), scores)
-        assert (chosen.isfinite().sum(-1) == 1).all()
-        shares = torch.bincount(chosen.argmax(-1), minlength=5) / rows
+    drawn = [draw(torch.zeros(rows, step), scores).argmax(-1) for step in (1, 2)]
+    for tokens in drawn:
+        shares = torch.bincount(tokens, minlength=5) / rows
         assert torch.allclose(shares, probabilities, atol=0.01)
         assert shares[1] == shares[4] == 0
-
-
-def test_the_ends_of_the_range_draw_the_ends_of_the_vocabulary() -> None:
-    draw = static._Draw(torch.tensor([[0.0], [1 - 2.0**-53]], dtype=torch.float64), 1)
-    scores = torch.tensor([[-torch.inf, 0.0, 7.0, 0.1, -torch.inf]]).expand(2, -1)
-    assert draw(torch.zeros(2, 1), scores).argmax(-1).tolist() == [1, 3]
+    both = ((drawn[0] == 0) & (drawn[1] == 0)).float().mean()
+    assert both.item() == pytest.approx(0.25, abs=0.01), "steps are independent"
 
 
 def test_one_likeliest_token_is_greedy(random_model: Any, tokenizer: Any) -> None:
     prompts = random_prompts(5)
     greedy = ask(random_model, tokenizer, prompts, Sampling(max_new_tokens=8))
-    for narrow in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}):
+    for narrow in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}, {"temperature": 1e-6}):
         sampling = Sampling.model_validate({"max_new_tokens": 8, "temperature": 1.0} | narrow)
         assert ask(random_model, tokenizer, prompts, sampling) == greedy
 
@@ -497,14 +705,6 @@ def fail(**_: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def run(engine: StaticEngine, requests: Sequence[Request]) -> list[Completion]:
-    engine.add(requests)
-    found: list[Completion] = []
-    while engine.has_work():
-        found += engine.step()
-    return found
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scores_that_are_no_numbers_fail_the_step(
     random_folder: Path,
@@ -523,14 +723,57 @@ def test_scores_that_are_no_numbers_fail_the_step(
     assert len(engine.evict()) == 2
 
 
-def test_what_would_not_fit_the_context_is_our_mistake(
-    random_model: Any,
-    tokenizer: Any,
+def test_an_answer_is_as_long_as_the_context_has_room_for(
+    tmp_path: Path, random_model: Any, tokenizer: Any
 ) -> None:
+    """Learned positions have no place beyond the context, not even for a finished row."""
+    gpt2 = loaded(
+        make_model(tmp_path, "gpt2", dtype=torch.float32, vocab_size=VOCABULARY,
+                   bos_token_id=1, eos_token_id=1, initializer_range=0.2)
+    )  # fmt: skip
+    prompts = [[5] * tokens for tokens in (200, 3, 255, 246, 247)]
+    for model in (random_model, gpt2):
+        answers = ask(model, tokenizer, prompts, Sampling(max_new_tokens=60, min_new_tokens=60))
+        assert [len(c.token_ids) for c in answers] == [56, 60, 1, 10, 9]
+        assert {c.finish_reason for c in answers} == {LENGTH}
+        alone = [
+            ask(model, tokenizer, [p], Sampling(max_new_tokens=room, min_new_tokens=room))[0]
+            for p, room in zip(prompts, (56, 60, 1, 10, 9), strict=True)
+        ]
+        assert [c.token_ids for c in alone] == [c.token_ids for c in answers]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "said"),
+    [
+        ([5, 320], {}, "prompt_ids: the model has no token 320, only 320 tokens"),
+        ([5, -1, 6], {}, "prompt_ids: the model has no token -1, only 320 tokens"),
+        (
+            [5],
+            {"logit_bias": {319: 1.0, 5000: -1.0}},
+            "sampling.logit_bias: the model has no token 5000, only 320 tokens",
+        ),
+        ([5] * 256, {}, "prompt_ids: 256 tokens, a context of 256 is full"),
+        ([5] * 300, {}, "prompt_ids: 300 tokens, a context of 256 is full"),
+    ],
+)
+def test_a_bad_request_fails_alone(
+    random_model: Any, tokenizer: Any, prompt: list[int], changes: dict[str, Any], said: str
+) -> None:
+    bad = Sampling.model_validate({"max_new_tokens": 2} | changes)
     engine = StaticEngine(random_model, tokenizer, batch_size=2)
-    engine.add([request(0, 200, Sampling(max_new_tokens=56))])
-    with pytest.raises(AssertionError, match="length policy"):
-        engine.add([request(1, 200, Sampling(max_new_tokens=57))])
+    good = Sampling(max_new_tokens=2)
+    engine.add([request(0, 4, good), Request(RequestId(0, 1), tuple(prompt), bad, 1)])
+    answers = {answer.id.row: answer for answer in run(engine, [request(2, 4, good)])}
+    assert answers[1] == Failure(RequestId(0, 1), "bad_request", said)
+    assert [len(completed(answers[row]).token_ids) for row in (0, 2)] == [2, 2]
+    assert not engine.has_work()
+
+
+def test_the_last_token_of_the_vocabulary_may_be_biased(random_model: Any, tokenizer: Any) -> None:
+    sampling = Sampling(max_new_tokens=2, logit_bias={VOCABULARY - 1: 100.0})
+    (answer,) = ask(random_model, tokenizer, [[VOCABULARY - 1]], sampling)
+    assert answer.token_ids == (VOCABULARY - 1,) * 2
 
 
 def test_nothing_is_logged(
@@ -538,7 +781,7 @@ def test_nothing_is_logged(
     tokenizer: Any,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    sampling = Sampling(max_new_tokens=3, min_new_tokens=2, temperature=0.7, top_p=0.5, stop=["x"])
+    sampling = Sampling.model_validate(OPTIONS["all"] | {"max_new_tokens": 3, "stop": ["x"]})
     with caplog.at_level("WARNING"):
         ask(random_model, tokenizer, random_prompts(3), sampling)
     assert caplog.records == []
