@@ -35,19 +35,27 @@ NEAR = 64
 MAX_SEARCHES = 100
 """Searches of the rest of the input for rows that are not there; each may read all of it."""
 
-_OURS = {
+# Columns that a job adds. Written out here again: what readers are promised does not change because
+# the code that writes it did.
+_OF_ROWS = {
     "row_id": pa.string(),
     "status": pa.string(),
     "error_type": pa.string(),
     "error_message": pa.string(),
-    "completion": pa.string(),
-    "finish_reason": pa.string(),
-    "completion_tokens": pa.int32(),
     "prompt_tokens": pa.int32(),
     "attempt": pa.string(),
 }
-"""Columns that a job adds. Written out here again: what readers are promised does not change
-because the code that writes it did."""
+_OF_ANSWERS = {
+    "completion": pa.string(),
+    "finish_reason": pa.string(),
+    "completion_tokens": pa.int32(),
+}
+_OF_TOKENS = {"token_ids": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32())}
+_OF_LIKELIEST = {
+    "top_logprobs": pa.list_(
+        pa.list_(pa.struct([("token_id", pa.int32()), ("logprob", pa.float32())]))
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,13 @@ class Claims:
 
 def our_fields(spec: JobSpec) -> list[pa.Field]:
     """Return the columns that a job adds, as its output names them."""
-    return [pa.field(spec.output.prefix + name, kind) for name, kind in _OURS.items()]
+    asked = spec.sampling.logprobs
+    types = _OF_ANSWERS | (_OF_TOKENS if asked is not None else {})
+    types |= _OF_LIKELIEST if asked else {}
+    if spec.sampling.n > 1:
+        types = {name: pa.list_(kind) for name, kind in types.items()}
+    types = _OF_ROWS | types
+    return [pa.field(spec.output.prefix + name, kind) for name, kind in types.items()]
 
 
 @dataclass
@@ -226,7 +240,7 @@ class Comparison:
         """Yield the rows of a file, having counted and checked what a job adds to them."""
         prefix = self._spec.output.prefix
         for batch in parquet_batches(self._store, part.key, None):
-            ours = {name: batch[prefix + name] for name in _OURS}
+            ours = {name: batch[prefix + name] for name in (*_OF_ROWS, *_OF_ANSWERS)}
             self._count(ours)
             self._check_answers(ours)
             yield batch.append_column(ROW_ID, pc.fill_null(ours["row_id"], ""))
@@ -236,9 +250,10 @@ class Comparison:
         known = {status.value: found.pop(status.value, 0) for status in Status}
         for status, count in found.items():
             self._problems.note("rows with an unknown status", repr(status), count)
-        tokens = {
-            name: pc.sum(ours[name]).as_py() or 0 for name in ("prompt_tokens", "completion_tokens")
-        }
+        numbers = {name: ours[name] for name in ("prompt_tokens", "completion_tokens")}
+        if self._spec.sampling.n > 1:
+            numbers["completion_tokens"] = pc.list_flatten(numbers["completion_tokens"])
+        tokens = {name: pc.sum(column).as_py() or 0 for name, column in numbers.items()}
         unread = pc.sum(pc.equal(ours["error_type"], UNREADABLE_FILE)).as_py() or 0
         self.counts += Counts(**known, **tokens, unread=unread)
         # A row of an unknown status is a row all the same.
@@ -251,6 +266,11 @@ class Comparison:
         odd = pc.or_(pc.xor(failed, explained), pc.equal(failed, answered))
         for id in ours["row_id"].filter(odd).to_pylist():
             self._problems.note("rows whose status and answer contradict each other", str(id))
+        samples = self._spec.sampling.n
+        if samples > 1:
+            wrong = pc.not_equal(pc.list_value_length(ours["completion"]), samples)
+            for id in ours["row_id"].filter(wrong).to_pylist():
+                self._problems.note(f"rows without their {samples} answers", str(id))
 
     # ---- both sides
 

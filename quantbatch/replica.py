@@ -14,7 +14,7 @@ from quantbatch.engine import echo
 from quantbatch.errors import JobError
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.model.memory import plan_memory
-from quantbatch.prompts.rendering import row_seed
+from quantbatch.prompts.rendering import sample_seed
 from quantbatch.prompts.tokens import load_tokenizer
 from quantbatch.records import ReplicaStats, Request, RequestId, pack, to_token_lists, unpack
 from quantbatch.runner import Runner
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from quantbatch.engine import Engine
+    from quantbatch.records import Answer
     from quantbatch.spec import JobSpec
 
 
@@ -139,21 +140,30 @@ class Replica:
             return pack(chunk, row_layout.failed(facts.shard, self._broken))
         requests = self._requests(chunk, rows)
         answers = await asyncio.wrap_future(self._runner.submit(requests))
-        in_order = [answers.get(RequestId(chunk, i)) for i in range(rows.num_rows)]
+        by_row: list[list[Answer]] = [[] for _ in range(rows.num_rows)]
+        for request in requests:
+            by_row[request.id.row].append(answers[request.id])
+        answered = row_layout.answered(rows, by_row, self._spec.sampling)
         facts = dataclasses.replace(facts, replica=self._measured())
-        return pack(chunk, row_layout.with_facts(row_layout.answered(rows, in_order), facts))
+        return pack(chunk, row_layout.with_facts(answered, facts))
 
     def _requests(self, chunk: int, rows: pa.Table) -> list[Request]:
-        """Return a request for each row that has no error yet."""
+        """Return the requests of each row that has no error yet: one for each of its samples."""
         sampling = self._spec.sampling
         ids = rows["row_id"].to_pylist()
         prompts = to_token_lists(rows["prompt_ids"])
         return [
-            Request(RequestId(chunk, i), tuple(prompt), sampling, row_seed(sampling.seed, row_id))
-            for i, (row_id, prompt, error) in enumerate(
+            Request(
+                RequestId(chunk, row, sample),
+                tuple(prompt),
+                sampling,
+                sample_seed(sampling.seed, row_id, sample),
+            )
+            for row, (row_id, prompt, error) in enumerate(
                 zip(ids, prompts, rows["error_type"], strict=True)
             )
             if prompt is not None and not error.is_valid
+            for sample in range(sampling.n)
         ]
 
     def _measured(self) -> ReplicaStats:

@@ -22,15 +22,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from quantbatch.errors import InputError, JobError, SpecError
-from quantbatch.records import Completion, Counts, Failure, ReplicaStats, Status, Trouble
+from quantbatch.records import Counts, ReplicaStats, Status, Trouble
 from quantbatch.tasks import generate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from quantbatch.errors import RowError
-    from quantbatch.records import Chunk
-    from quantbatch.spec import JobSpec, Output
+    from quantbatch.records import Answer, Chunk
+    from quantbatch.spec import JobSpec, Output, Sampling
 
 KEPT = "in."
 UNREADABLE_FILE = "unreadable_file"
@@ -101,20 +101,22 @@ def rendered(
     return pa.table(columns)
 
 
-def answered(rows: pa.Table, answers: Sequence[Completion | Failure | None]) -> pa.Table:
+def answered(rows: pa.Table, answers: Sequence[Sequence[Answer]], sampling: Sampling) -> pa.Table:
     """Put the answers beside the rows.
 
     Args:
         rows: A chunk as `rendered` made it.
-        answers: One for each row, in order; None where the row had an error before it got to a
-        model.
+        answers: The samples of each row, in order; none where the row had an error before it got to
+            a model.
+        sampling: The job's.
     """
-    failures = [answer if isinstance(answer, Failure) else None for answer in answers]
+    assert {len(samples) for samples in answers} <= {0, sampling.n}, "a row lacks samples"
+    failures = [generate.failure(samples) for samples in answers]
     errors = [
         pa.array([failure and failure.kind for failure in failures], pa.string()),
         pa.array([failure and failure.message for failure in failures], pa.string()),
     ]
-    status = [Status.ERROR if answer is None else generate.status(answer) for answer in answers]
+    status = [generate.status(samples) if samples else Status.ERROR for samples in answers]
     columns = {name: rows[name] for name in rows.column_names if name.startswith(KEPT)}
     columns |= {
         "row_id": rows["row_id"],
@@ -122,8 +124,8 @@ def answered(rows: pa.Table, answers: Sequence[Completion | Failure | None]) -> 
         "error_type": pc.coalesce(rows["error_type"], errors[0]),
         "error_message": pc.coalesce(rows["error_message"], errors[1]),
     }
-    names = [described.name for described in generate.FIELDS]
-    columns |= dict(zip(names, generate.columns(answers), strict=True))
+    names = [described.name for described in generate.fields(sampling)]
+    columns |= dict(zip(names, generate.columns(answers, sampling), strict=True))
     columns["prompt_tokens"] = pc.list_value_length(rows["prompt_ids"])
     return pa.table(columns, metadata=rows.schema.metadata)
 
@@ -136,8 +138,14 @@ def counts_of(rows: pa.Table) -> Counts:
         **tally,
         unread=pc.sum(pc.equal(rows["error_type"], UNREADABLE_FILE)).as_py() or 0,
         prompt_tokens=pc.sum(rows["prompt_tokens"]).as_py() or 0,
-        completion_tokens=pc.sum(rows["completion_tokens"]).as_py() or 0,
+        completion_tokens=_total(rows["completion_tokens"]),
     )
+
+
+def _total(counts: pa.ChunkedArray) -> int:
+    """Return the sum of a column of numbers, or of lists of them: one for each sample."""
+    numbers = pc.list_flatten(counts) if pa.types.is_list(counts.type) else counts
+    return pc.sum(numbers).as_py() or 0
 
 
 def kept_columns(output: Output, schema: pa.Schema, partition_keys: Sequence[str]) -> list[str]:
@@ -173,7 +181,7 @@ def output_schema(spec: JobSpec, kept: Sequence[str], schema: pa.Schema) -> pa.S
         pa.field("status", pa.string(), nullable=False),
         pa.field("error_type", pa.string()),
         pa.field("error_message", pa.string()),
-        *generate.FIELDS,
+        *generate.fields(spec.sampling),
         pa.field("prompt_tokens", pa.int32()),
         pa.field("attempt", pa.string(), nullable=False),
     ]

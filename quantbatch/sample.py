@@ -1,7 +1,7 @@
 """The first rows of a job, rendered and answered in this process; nothing is written.
 
 The rows go through the functions that a run uses, so their prompts, token counts and seeds are
-those of the run.
+those of the run. Of the several answers that `sampling.n` may ask for, the first is shown.
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ class StaticEngine:
         self._endings = Endings(model, tokenizer)
         self._batch_size = batch_size
         config: Any = model.config.get_text_config()
-        self._limits = Limits(config.vocab_size, getattr(config, "max_position_embeddings", None))
+        self._limits = ModelLimits(
+            config.vocab_size, getattr(config, "max_position_embeddings", None)
+        )
         self._queues: dict[tuple[int, str], list[Request]] = {}
         self._refused: list[Failure] = []
         self._running: Sequence[Request] = []
@@ -160,7 +162,7 @@ def _prompt_tokens(request: Request) -> int:
     return len(request.prompt_ids)
 
 
-class Limits(NamedTuple):
+class ModelLimits(NamedTuple):
     """What a model can take."""
 
     vocabulary: int

@@ -70,6 +70,14 @@ def row_seed(job_seed: int, row_id: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def sample_seed(job_seed: int, row_id: str, sample: int) -> int:
+    """Return the seed of one of a row's samples.
+
+    The first has the row's own, so that asking for more leaves it as it was.
+    """
+    return row_seed(job_seed, f"{row_id}#{sample}" if sample else row_id)
+
+
 def compile_templates(
     prompt: spec.Prompt, marks: tuple[str, str] | None = None
 ) -> list[RowTemplate]:

@@ -92,10 +92,11 @@ def answer(spec: JobSpec, chunks: slice) -> Job:
             ChunkFacts(chunk.shard, chunk.rows),
         )
         done = [
-            Completion(RequestId(chunk.id, row), "yes", (5, 6), FinishReason.STOP)
+            [Completion(RequestId(chunk.id, row), "yes", (5, 6), FinishReason.STOP)]
             for row in range(chunk.rows)
         ]
-        receipt = commit_chunk(job.ledger.store, chunk.id, answered(rows, done), job.target)
+        rows = answered(rows, done, spec.sampling)
+        receipt = commit_chunk(job.ledger.store, chunk.id, rows, job.target)
         for shard in job.ledger.record(receipt):
             published = publish_shard(
                 job.ledger.store, shard, job.plan.chunks_of(shard), job.target

@@ -22,11 +22,11 @@ from quantbatch.ledger import (
 )
 from quantbatch.plan import Plan, make_plan
 from quantbatch.records import Completion, Counts, Failure, FinishReason, RequestId
-from quantbatch.spec import JobSpec
+from quantbatch.spec import JobSpec, Sampling
 
 if TYPE_CHECKING:
     from quantbatch.ledger import OutputFormat
-    from quantbatch.records import Chunk
+    from quantbatch.records import Answer, Chunk
     from quantbatch.storage import Store
 
 from quantbatch.input import listing
@@ -75,15 +75,15 @@ def answers(chunk: Chunk, note: str = "") -> pa.Table:
     ids = rows.row_ids(chunk)
     prompts = pa.array([[1, 2]] * count, pa.list_(pa.int32()))
     kept = pa.table({"text": [f"text {id}" for id in ids.to_pylist()]})
-    done: list[Completion | Failure] = [
-        Completion(RequestId(chunk.id, i), f"answer {id}{note}", (5, 6, 7), FinishReason.STOP)
+    done: list[list[Answer]] = [
+        [Completion(RequestId(chunk.id, i), f"answer {id}{note}", (5, 6, 7), FinishReason.STOP)]
         for i, id in enumerate(ids.to_pylist())
     ]
     if count > 2:
-        done[2] = Failure(RequestId(chunk.id, 2), "model", "ValueError: no")
+        done[2] = [Failure(RequestId(chunk.id, 2), "model", "ValueError: no")]
     rendered = rows.rendered(kept, ids, prompts, {})
     rendered = rows.with_facts(rendered, rows.ChunkFacts(chunk.shard, count))
-    return rows.answered(rendered, done)
+    return rows.answered(rendered, done, Sampling())
 
 
 def work(ledger: Ledger, chunks: list[Chunk]) -> None:

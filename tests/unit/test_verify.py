@@ -19,7 +19,7 @@ from quantbatch.input import listing, sources
 from quantbatch.input.sources import read_slice
 from quantbatch.ledger import Ledger, commit_chunk, publish_shard
 from quantbatch.plan import make_plan
-from quantbatch.records import Completion, Failure, FinishReason, RequestId
+from quantbatch.records import Completion, Failure, FinishReason, RequestId, TokenLogprobs
 from quantbatch.reread import WINDOW
 from quantbatch.spec import JobSpec
 from quantbatch.verify import Verdict, verify
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from quantbatch.errors import RowError
-    from quantbatch.records import Chunk
+    from quantbatch.records import Answer, Chunk
 
 
 def make_spec(folder: Path, **changes: object) -> JobSpec:
@@ -95,22 +95,29 @@ def answers(
     if spec.input.key:
         ids = table[spec.input.key]
     count = chunk.rows
-    done: list[Completion | Failure | None] = [
-        Completion(RequestId(chunk.id, row), f"answer {row}", (5, 6), FinishReason.STOP)
+    samples, tokens = spec.sampling.n, (TokenLogprobs(-0.5, ((5, -0.5), (7, -1.5))),) * 2
+    done: list[list[Answer]] = [
+        [
+            Completion(
+                RequestId(chunk.id, row, sample), f"answer {row}", (5, 6), FinishReason.STOP, tokens
+            )
+            for sample in range(samples)
+        ]
         for row in range(count)
     ]
     if count > 2:
-        done[2] = Failure(RequestId(chunk.id, 2), "model", "ValueError: no")
+        done[2][-1] = Failure(RequestId(chunk.id, 2, samples - 1), "model", "ValueError: no")
     before = 0
     errors: dict[int, RowError] = {}
     for slice in found:
         errors |= {before + row: error for row, error in slice.errors.items()}
         before += slice.table.num_rows
     for row in errors:
-        done[row] = None
+        done[row] = []
     prompts = pa.array([[1]] * count, pa.list_(pa.int32()))
     rendered = rows.rendered(table.select(kept), ids, prompts, errors)
-    return rows.answered(rows.with_facts(rendered, rows.ChunkFacts(chunk.shard, count)), done)
+    rendered = rows.with_facts(rendered, rows.ChunkFacts(chunk.shard, count))
+    return rows.answered(rendered, done, spec.sampling)
 
 
 def found(verdict: Verdict) -> dict[str, int]:
@@ -245,6 +252,49 @@ def test_a_changed_file_is_noticed(
     verdict = verify(spec)
     assert verdict.exit_code == 1
     assert found(verdict) == problems
+
+
+@pytest.mark.parametrize(
+    ("sampling", "columns"),
+    [
+        ({}, {}),
+        ({"n": 3, "temperature": 1.0}, {"completion": "list<string>"}),
+        ({"logprobs": 0}, {"logprobs": "list<float>"}),
+        (
+            {"n": 2, "temperature": 1.0, "logprobs": 2},
+            {
+                "completion_tokens": "list<int32>",
+                "token_ids": "list<list<int32>>",
+                "logprobs": "list<list<float>>",
+                "top_logprobs": "list<list<list<struct<token_id: int32, logprob: float>>>>",
+            },
+        ),
+    ],
+)
+def test_columns_of_every_kind_are_proven(
+    tmp_path: Path, sampling: dict[str, object], columns: dict[str, str]
+) -> None:
+    write_input(tmp_path, "0.parquet", 12)
+    spec = make_spec(tmp_path, sampling=sampling)
+    answer(spec)
+    verdict = verify(spec)
+    assert found(verdict) == {}
+    assert verdict.outcome == "proven"
+    assert verdict.counts.completion_tokens == 10 * 2 * spec.sampling.n
+    types = pq.read_schema(tmp_path / "out" / "part-000000.parquet")
+    for name, kind in columns.items():
+        assert str(types.field(name).type).replace("element: ", "").replace("item: ", "") == kind
+    other = make_spec(tmp_path, sampling={} if "n" in sampling else {"n": 2, "temperature": 1.0})
+    assert "columns that are missing or of another type" in found(verify(other))
+
+
+def test_a_sample_too_few_is_noticed(tmp_path: Path) -> None:
+    write_input(tmp_path, "0.parquet", 12)
+    spec = make_spec(tmp_path, sampling={"n": 3, "temperature": 1.0})
+    answer(spec)
+    path = tmp_path / "out" / "part-000000.parquet"
+    edit(path, replaced("completion", 4, ["one", "two"]))
+    assert examples(verify(spec), "rows without their 3 answers") == ("0.parquet:4",)
 
 
 def test_examples_name_the_rows(spec: JobSpec, out: Path) -> None:

@@ -1,0 +1,91 @@
+"""What a replica asks of its engine for each row, and where the answers go."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from quantbatch import replica, rows
+from quantbatch.errors import RowError
+from quantbatch.prompts.rendering import row_seed, sample_seed
+from quantbatch.records import Completion, Failure, FinishReason, Request, pack, unpack
+from quantbatch.replica import LoadedEngine, Replica, ReplicaJob
+from quantbatch.spec import JobSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import pytest
+
+    from quantbatch.records import Answer
+
+
+class Backwards:
+    """An engine that answers the newest request first, and none of the third sample of row 2."""
+
+    def __init__(self) -> None:
+        self.seen: list[Request] = []
+        self._queue: list[Request] = []
+
+    def add(self, requests: Iterable[Request]) -> None:
+        self._queue += requests
+        self.seen += self._queue
+
+    def has_work(self) -> bool:
+        return bool(self._queue)
+
+    def step(self) -> Sequence[Answer]:
+        request = self._queue.pop()
+        if (request.id.row, request.id.sample) == (2, 2):
+            return [Failure(request.id, "model", "no")]
+        text = f"{request.id.row}.{request.id.sample}"
+        return [Completion(request.id, text, (1,), FinishReason.STOP)]
+
+    def evict(self) -> Sequence[Request]:
+        return []
+
+
+def answered(monkeypatch: pytest.MonkeyPatch, samples: int) -> tuple[pa.Table, list[Request]]:
+    """Have a chunk of three rows answered, the second of which has an error already."""
+    engine = Backwards()
+    monkeypatch.setattr(replica, "load_engine", lambda _: LoadedEngine(engine, 0, lambda: 0))
+    spec = JobSpec.model_validate(
+        {
+            "name": "t", "input": {"uri": "in"}, "model": {"id": "m"}, "output": {"uri": "out"},
+            "prompt": {"template": "x"}, "sampling": {"n": samples, "temperature": 1.0, "seed": 7},
+        }
+    )  # fmt: skip
+    prompts = pa.array([[5], None, [6, 7]], pa.list_(pa.int32()))
+    ids = pa.array(["a", "b", "c"])
+    rendered = rows.rendered(pa.table({}), ids, prompts, {1: RowError("null_prompt", "null")})
+    block = pack(4, rows.with_facts(rendered, rows.ChunkFacts(0, 3)))
+    found = asyncio.run(Replica(ReplicaJob(spec, "cpu", 99, "."))(block))
+    chunk, table = unpack(found)
+    assert chunk == 4
+    return table, engine.seen
+
+
+def test_each_sample_is_a_request_with_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, seen = answered(monkeypatch, 3)
+    assert [request.id for request in seen] == [(4, row, k) for row in (0, 2) for k in range(3)]
+    assert [request.prompt_ids for request in seen] == [(5,)] * 3 + [(6, 7)] * 3
+    assert seen[0].seed == row_seed(7, "a")
+    assert seen[5].seed == row_seed(7, "c#2") == sample_seed(7, "c", 2)
+    assert len({request.seed for request in seen}) == 6
+
+
+def test_samples_come_back_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, _ = answered(monkeypatch, 3)
+    assert table["completion"].to_pylist() == [["0.0", "0.1", "0.2"], None, None]
+    assert table["status"].to_pylist() == ["ok", "error", "error"]
+    assert table["error_message"].to_pylist() == [None, "null", "sample 2 of 3: no"]
+
+
+def test_more_samples_leave_the_first_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, alone = answered(monkeypatch, 1)
+    assert table["completion"].to_pylist() == ["0.0", None, "2.0"]
+    _, several = answered(monkeypatch, 3)
+    firsts = [request for request in several if request.id.sample == 0]
+    assert [(r.id, r.seed) for r in firsts] == [(r.id, r.seed) for r in alone]
