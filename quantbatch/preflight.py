@@ -189,14 +189,10 @@ def _memory(spec: JobSpec, checkpoint: Checkpoint, max_input_tokens: int) -> Mem
     card = spec.cluster.gpu_memory_gib
     on_gpu = spec.cluster.gpus_per_replica > 0
     share = min(spec.cluster.gpus_per_replica, 1)
-    return memory.plan_memory(
-        checkpoint,
-        spec.model,
-        max_tokens=max_input_tokens + spec.sampling.max_new_tokens,
-        prompt_tokens=max_input_tokens,
-        batch_size=None if spec.engine.batch_size == "auto" else spec.engine.batch_size,
-        device_bytes=int(card * share * 2**30) if card and on_gpu else None,
-    )
+    device = "cuda" if on_gpu else "cpu"
+    work = memory.Work.of(spec, checkpoint, max_input_tokens=max_input_tokens, device=device)
+    device_bytes = int(card * share * 2**30) if card and on_gpu else None
+    return memory.plan_memory(checkpoint, spec.model, work, device_bytes)
 
 
 def _whole_plan(

@@ -22,7 +22,7 @@ import json
 import struct
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -191,6 +191,41 @@ class Trouble(NamedTuple):
     hint: str
 
 
+class EngineSecond(NamedTuple):
+    """What an engine did in about one second of work, as mean or sum over its steps."""
+
+    at_s: float
+    """End of the second, in seconds since the engine was made."""
+    steps: int
+    step_ms: float
+    """Mean time of a step."""
+    rows: float
+    """Mean rows in the batch."""
+    kv_share: float
+    """Share of the KV pool in use at its end."""
+    prefill_tokens: int
+    decode_tokens: int
+    useful_share: float
+    """Share of computed positions that were new tokens of prompts and answers."""
+    preemptions: int
+    out_of_memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProgress:
+    """What an engine tells of itself with a receipt."""
+
+    totals: dict[str, float] = field(default_factory=dict)
+    """Its counters since it was made, see `engine.telemetry.Totals`."""
+    seconds: tuple[EngineSecond, ...] = ()
+    """The seconds since the receipt before."""
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> EngineProgress:
+        """Read what `dataclasses.asdict` made, after a way through JSON."""
+        return cls(found["totals"], tuple(EngineSecond(*second) for second in found["seconds"]))
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaStats:
     """What a replica measured, as of one chunk."""
@@ -205,6 +240,12 @@ class ReplicaStats:
     the growth of the process over what it was before loading."""
     busy_s: float = 0.0
     """Time that the engine has worked so far, in seconds."""
+    engine: EngineProgress = field(default_factory=EngineProgress)
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> ReplicaStats:
+        """Read what `dataclasses.asdict` made, after a way through JSON."""
+        return cls(**found | {"engine": EngineProgress.from_json(found["engine"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +274,7 @@ class Receipt:
         found = json.loads(text)
         nested = {
             "counts": Counts(**found["counts"]),
-            "replica": ReplicaStats(**found["replica"]),
+            "replica": ReplicaStats.from_json(found["replica"]),
             "trouble": found["trouble"] and Trouble(*found["trouble"]),
         }
         return cls(**found | nested)

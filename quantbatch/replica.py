@@ -13,12 +13,19 @@ from quantbatch import rows as row_layout
 from quantbatch.engine import echo
 from quantbatch.errors import JobError
 from quantbatch.model.checkpoint import open_checkpoint
-from quantbatch.model.memory import plan_memory
 from quantbatch.prompts.rendering import sample_seed
 from quantbatch.prompts.tokens import load_tokenizer
-from quantbatch.records import ReplicaStats, Request, RequestId, pack, to_token_lists, unpack
+from quantbatch.records import (
+    EngineProgress,
+    ReplicaStats,
+    Request,
+    RequestId,
+    pack,
+    to_token_lists,
+    unpack,
+)
 from quantbatch.runner import Runner
-from quantbatch.spec import EchoEngine, StaticEngine
+from quantbatch.spec import ContinuousEngine, EchoEngine, StaticEngine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,9 +54,11 @@ class LoadedEngine(NamedTuple):
     """An engine that is ready to work."""
 
     engine: Engine
-    planned_bytes: int
-    peak_bytes: Callable[[], int]
+    planned_bytes: int = 0
+    peak_bytes: Callable[[], int] = int
     """Returns the most memory that model and work took so far."""
+    progress: Callable[[], EngineProgress] = EngineProgress
+    """Returns what the engine did since the last call."""
 
 
 def load_engine(job: ReplicaJob) -> LoadedEngine:
@@ -61,8 +70,18 @@ def load_engine(job: ReplicaJob) -> LoadedEngine:
     match job.spec.engine:
         case EchoEngine() as options:
             return _echo(job, options)
-        case StaticEngine() as options:
-            return _static(job, options)
+        case StaticEngine() | ContinuousEngine() as options:
+            # torch is imported there, in the actor, and nowhere else.
+            from quantbatch.engine import loading
+
+            found = loading.load(
+                job.spec,
+                options,
+                device=job.device,
+                max_tokens=job.max_tokens,
+                folder=job.driver_folder,
+            )
+            return LoadedEngine(*found)
 
 
 def _echo(job: ReplicaJob, options: EchoEngine) -> LoadedEngine:
@@ -72,35 +91,7 @@ def _echo(job: ReplicaJob, options: EchoEngine) -> LoadedEngine:
     def decode(answers: list[Sequence[int]]) -> list[str]:
         return tokenizer.batch_decode([list(answer) for answer in answers])
 
-    engine = echo.EchoEngine(decode, batch_size=size, step_s=options.step_s)
-    return LoadedEngine(engine, 0, lambda: 0)
-
-
-def _static(job: ReplicaJob, options: StaticEngine) -> LoadedEngine:
-    # torch is imported here, in the actor, and nowhere else.
-    import torch
-
-    from quantbatch.engine import static
-    from quantbatch.weights import bnb, peak
-
-    if job.device == "cpu":
-        # torch would take every core of the machine for each replica on it.
-        torch.set_num_threads(max(1, int(job.spec.cluster.cpus_per_replica)))
-    checkpoint = open_checkpoint(job.spec.model.seen_from(job.driver_folder))
-    model = bnb.resolve(checkpoint, job.spec.model, job.device)
-    memory = plan_memory(
-        checkpoint,
-        model,
-        max_tokens=job.max_tokens,
-        batch_size=None if options.batch_size == "auto" else options.batch_size,
-        prompt_tokens=job.max_tokens - job.spec.sampling.max_new_tokens,
-        device_bytes=peak.device_bytes(job.device, job.spec.cluster.gpus_per_replica),
-    )
-    measured = peak.PeakMemory(job.device)
-    loaded = bnb.load(checkpoint, model, job.device)
-    tokenizer = load_tokenizer(checkpoint.folder)
-    engine = static.StaticEngine(loaded.model, tokenizer, batch_size=memory.batch_size)
-    return LoadedEngine(engine, memory.total, measured.peak_bytes)
+    return LoadedEngine(echo.EchoEngine(decode, batch_size=size, step_s=options.step_s))
 
 
 class Replica:
@@ -123,7 +114,7 @@ class Replica:
         except JobError as error:
             self._broken = error
             return
-        self._peak_bytes = loaded.peak_bytes
+        self._peak_bytes, self._progress = loaded.peak_bytes, loaded.progress
         self._runner = Runner(loaded.engine)
         load_s = time.perf_counter() - started
         self._stats = dataclasses.replace(
@@ -168,5 +159,8 @@ class Replica:
 
     def _measured(self) -> ReplicaStats:
         return dataclasses.replace(
-            self._stats, busy_s=self._runner.busy_s, peak_bytes=self._peak_bytes()
+            self._stats,
+            busy_s=self._runner.busy_s,
+            peak_bytes=self._peak_bytes(),
+            engine=self._progress(),
         )

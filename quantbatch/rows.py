@@ -61,7 +61,7 @@ def facts_of(rows: pa.Table) -> ChunkFacts:
     """Return the facts that `with_facts` attached."""
     found = json.loads(rows.schema.metadata[_METADATA_KEY])
     nested = {
-        "replica": ReplicaStats(**found["replica"]),
+        "replica": ReplicaStats.from_json(found["replica"]),
         "trouble": found["trouble"] and Trouble(*found["trouble"]),
     }
     return ChunkFacts(**found | nested)

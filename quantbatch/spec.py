@@ -244,6 +244,18 @@ class Sampling(Section):
     """Seed of the job; each row's own seed is derived from this one and its row_id. A row's samples
     are the same in any company, up to ties that the rounding of floating-point numbers decides."""
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a token's score depends on how often it came before."""
+        penalties = self.presence_penalty, self.frequency_penalty
+        return self.repetition_penalty != 1 or any(penalties)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token is taken each time, and nothing else is asked."""
+        changed = self.counts_tokens or self.logit_bias or self.bad_words or self.min_new_tokens
+        return self.temperature == 0 and self.logprobs is None and not changed
+
     @model_validator(mode="after")
     def _min_within_max(self) -> Self:
         if self.min_new_tokens > self.max_new_tokens:
@@ -257,20 +269,49 @@ class Sampling(Section):
         return self
 
 
-class StaticEngine(Section):
-    """Plain `generate` of transformers over groups of rows of similar length."""
+class ModelEngine(Section):
+    """What engines with a model have in common."""
 
-    kind: Literal["static"] = "static"
-    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        "auto", json_schema_extra=TUNING
-    )
-    """Rows that run at once; `auto` is what the memory plan has room for."""
     max_input_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Longest prompt in tokens; `auto` is the model's context less max_new_tokens, at most 8,192,
     because the card must have room for the longest prompt that is let in."""
     too_long: Literal["error", "truncate_left", "truncate_right"] = "error"
     """What becomes of a longer prompt: an error row, or cut on the left (keeps its end, with the
     template's generation prompt) or on the right (keeps its beginning)."""
+    deduplicate: bool = Field(True, json_schema_extra=TUNING)
+    """Answer equal prompts once, where the answer is certain (temperature 0)."""
+
+
+class ContinuousEngine(ModelEngine):
+    """A running batch that rows enter and leave at every step, with a paged KV cache. A model that
+    can't run like that is answered by the static engine, and the log says so.
+    """
+
+    kind: Literal["continuous"] = "continuous"
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", json_schema_extra=TUNING
+    )
+    """Most rows that are decoded together; `auto` is what the memory plan has room for on a card,
+    and measured for a few seconds on a CPU."""
+    step_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = Field(
+        "auto", json_schema_extra=TUNING
+    )
+    """Most tokens computed in one step, long prompts in pieces; `auto` is 2,048 on a card, where
+    large steps pay for expanding quantized weights, and 512 on a CPU."""
+    share_prefixes: bool = Field(True, json_schema_extra=TUNING)
+    """Compute the common beginning of prompts once, in blocks of 16 tokens."""
+
+
+class StaticEngine(ModelEngine):
+    """Plain `generate` of transformers over groups of rows of similar length: slower, and the
+    measure of the other.
+    """
+
+    kind: Literal["static"] = "static"
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", json_schema_extra=TUNING
+    )
+    """Rows that run at once; `auto` is what the memory plan has room for."""
 
 
 class EchoEngine(Section):
@@ -291,7 +332,7 @@ class EchoEngine(Section):
     """Time that a step takes, in seconds: makes a rehearsal last as long as the real job."""
 
 
-Engine = Annotated[StaticEngine | EchoEngine, Field(discriminator="kind")]
+Engine = Annotated[ContinuousEngine | StaticEngine | EchoEngine, Field(discriminator="kind")]
 
 
 class ReplicaRange(Section):
@@ -370,7 +411,7 @@ class JobSpec(Section):
     prompt: Prompt
     task: Task = Generate()
     sampling: Sampling = Sampling()
-    engine: Engine = StaticEngine()
+    engine: Engine = ContinuousEngine()
     cluster: Cluster = Cluster()
     output: Output
     limits: Limits = Limits()

@@ -25,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from typing_extensions import override
 
 from quantbatch.engine.kvstore import AttentionOptions
+from quantbatch.model.footprint import QUERY_BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,7 @@ NAME = "quantbatch_packed"
 """Under which transformers knows the attention function."""
 PASSED_AND_UNUSED = frozenset(
     {"dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "cache_position",
-     "output_hidden_states", "past_key_values", "position_embeddings", "position_bias_none"}
+     "output_hidden_states", "past_key_values", "position_embeddings"}
 )  # fmt: skip
 """Arguments of attention functions that change nothing in inference over a packed sequence."""
 
@@ -92,18 +93,19 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: Any,
+    **arguments: object,
 ) -> tuple[Tensor, None]:
     """The attention function that a model calls; see `transformers.AttentionInterface`."""
-    asked = [k for k, v in others.items() if v is not None and k not in PASSED_AND_UNUSED]
-    if asked or attention_mask is not None or not getattr(module, "is_causal", True):
-        what = ", ".join(asked) or "attention that is not causal"
+    given = {k: v for k, v in arguments.items() if v is not None and k not in PASSED_AND_UNUSED}
+    unknown = sorted(given.keys() - {"scaling", "sliding_window", "softcap"})
+    if unknown or attention_mask is not None or not getattr(module, "is_causal", True):
+        what = ", ".join(unknown) or "attention that is not causal"
         raise UnsupportedModelError(f"{type(module).__name__} asks for {what}")
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    options = AttentionOptions(scale, sliding_window or None, softcap or None)
+    options = AttentionOptions(
+        given.get("scaling", query.shape[-1] ** -0.5),  # type: ignore[arg-type]
+        given.get("sliding_window") or None,  # type: ignore[arg-type]
+        given.get("softcap") or None,  # type: ignore[arg-type]
+    )
     store: KvStore = _current.store
     return store.attend(layer_of(module), query, key, value, options), None
 
@@ -145,9 +147,14 @@ def attend_one_row(
 
 
 def _mask(queries: int, tokens: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Return what the last `queries` of `tokens` see, as booleans; None if that is plain causal."""
+    """Return the mask of `_sees`; None if it is plain causal, which kernels know by themselves."""
     if queries == tokens and (window is None or window >= tokens):
         return None
+    return _sees(queries, tokens, window, device)
+
+
+def _sees(queries: int, tokens: int, window: int | None, device: torch.device) -> Tensor:
+    """Return which of its tokens each of the last queries of a row sees, as booleans."""
     seen_QL = torch.ones(queries, tokens, dtype=torch.bool, device=device)
     seen_QL = seen_QL.tril_(tokens - queries)
     return seen_QL if window is None else seen_QL.triu_(tokens - queries - window + 1)
@@ -156,17 +163,22 @@ def _mask(queries: int, tokens: int, window: int | None, device: torch.device) -
 def _softcapped(
     q_1HQD: Tensor, k_1KLD: Tensor, v_1KLD: Tensor, options: AttentionOptions
 ) -> Tensor:
-    """Attend with squashed scores, which no fused kernel on a CPU knows, as Gemma 2 does."""
+    """Attend with squashed scores, which no fused kernel knows, as Gemma 2 does; some queries at a
+    time, because all scores are there at once.
+    """
     assert options.softcap is not None
     queries, tokens = q_1HQD.shape[2], k_1KLD.shape[2]
     groups = q_1HQD.shape[1] // k_1KLD.shape[1]
-    k_1HLD, v_1HLD = (x.repeat_interleave(groups, dim=1) for x in (k_1KLD, v_1KLD))
-    scores = torch.matmul(q_1HQD, k_1HLD.transpose(2, 3)) * options.scale
-    scores = torch.tanh(scores / options.softcap) * options.softcap
-    mask = _mask(queries, tokens, options.window, q_1HQD.device)
-    if mask is None and queries > 1:
-        mask = torch.ones(queries, tokens, dtype=torch.bool, device=scores.device).tril_()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(-1, dtype=torch.float32).to(q_1HQD.dtype)
-    return torch.matmul(weights, v_1HLD)
+    k_1HDL = k_1KLD.repeat_interleave(groups, dim=1).transpose(2, 3)
+    v_1HLD = v_1KLD.repeat_interleave(groups, dim=1)
+    outputs = []
+    for first in range(0, queries, QUERY_BLOCK):
+        block = q_1HQD[:, :, first : first + QUERY_BLOCK]
+        seen = tokens - queries + first + block.shape[2]
+        scores = torch.matmul(block, k_1HDL[..., :seen]) * options.scale
+        scores = torch.tanh(scores / options.softcap) * options.softcap
+        sees = _sees(block.shape[2], seen, options.window, q_1HQD.device)
+        scores = scores.masked_fill(~sees, -torch.inf)
+        weights = scores.softmax(-1, dtype=torch.float32).to(q_1HQD.dtype)
+        outputs.append(torch.matmul(weights, v_1HLD[:, :, :seen]))
+    return torch.cat(outputs, dim=2)

@@ -38,7 +38,10 @@ class Backoff:
         if self._good_steps >= self._patience:
             self._good_steps = 0
             self.limits = Limits(
-                *(min(most, now + max(1, now // 8)) for now, most in zip(self.limits, self._most, strict=True))
+                *(
+                    min(most, now + max(1, now // 8))
+                    for now, most in zip(self.limits, self._most, strict=True)
+                )
             )
 
     def failed(self, *, rows: int, tokens: int) -> bool:

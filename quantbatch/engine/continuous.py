@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -103,7 +103,8 @@ class ContinuousEngine:
         self._context_tokens = getattr(
             model.config.get_text_config(), "max_position_embeddings", None
         )
-        self._vocabulary: int = model.get_input_embeddings().num_embeddings
+        embeddings: Any = model.get_input_embeddings()
+        self._vocabulary: int = embeddings.num_embeddings
         self._limits = limits
         self._pool = BlockPool(blocks_for(limits.kv_tokens, limits.block_tokens))
         self._scheduler = Scheduler(
@@ -116,7 +117,7 @@ class ContinuousEngine:
         self._forward = self._make_forward(model)
         self._sampler = Sampler(slots=limits.rows, endings=self._endings, device=self._device)
         self._backoff = Backoff(Limits(limits.rows, limits.step_tokens))
-        self._telemetry = Telemetry()
+        self.telemetry = Telemetry(time.perf_counter())
         self._ready: list[Answer] = []
         """Answers that `step` has yet to return."""
         self._failed: list[Row] = []
@@ -142,10 +143,7 @@ class ContinuousEngine:
     @property
     def totals(self) -> Totals:
         """What it did since it was made."""
-        totals = self._telemetry.totals
-        totals.preemptions = self._scheduler.preemptions
-        totals.reused_tokens = self._scheduler.reused_tokens
-        return totals
+        return self.telemetry.totals
 
     # ---- requests come in
 
@@ -189,7 +187,7 @@ class ContinuousEngine:
     def step(self) -> Sequence[Answer]:
         """See `Engine`."""
         began = time.perf_counter()
-        totals = self._telemetry.totals
+        totals = self.telemetry.totals
         self._flying, landing = None, self._launch()
         if landing is not None:
             self._land(landing)
@@ -197,7 +195,10 @@ class ContinuousEngine:
         now = time.perf_counter()
         totals.step_s += now - began
         totals.finished += len(finished)
-        self._telemetry.stepped(now, self._pool.in_use / self._pool.size)
+        totals.preemptions = self._scheduler.preemptions
+        totals.reused_tokens = self._scheduler.reused_tokens
+        kv_share = self._pool.in_use / self._pool.size
+        self.telemetry.stepped(now, kv_share=kv_share, idle=not self.has_work())
         return finished
 
     def _launch(self) -> _Launched | None:
@@ -222,7 +223,7 @@ class ContinuousEngine:
             self._enter(pieces)
             began = time.perf_counter()
             scores = self._forward(pieces, self._tokens(pieces))
-            self._telemetry.totals.forward_s += time.perf_counter() - began
+            self.telemetry.totals.forward_s += time.perf_counter() - began
             for row, index in self._scheduler.keepable(pieces):
                 self._forward.store.keep(row.slot, index, row.blocks[index])
             rows = [piece.row for piece in pieces if piece.samples]
@@ -246,7 +247,7 @@ class ContinuousEngine:
         return torch.tensor(ids, device=self._device)
 
     def _count(self, pieces: Sequence[Piece]) -> None:
-        totals, scheduler = self._telemetry.totals, self._scheduler
+        totals, scheduler = self.telemetry.totals, self._scheduler
         totals.rows += len(pieces)
         prompt = sum(max(0, min(p.end, p.row.prompt_tokens) - p.start) for p in pieces)
         totals.prefill_tokens += prompt
@@ -296,8 +297,8 @@ class ContinuousEngine:
     # ---- trouble
 
     def _out_of_memory(self, pieces: Sequence[Piece]) -> None:
-        """Put the rows of a step back and make steps smaller; a row that fails alone is given up."""
-        self._telemetry.totals.out_of_memory += 1
+        """Put the rows of a step back and make steps smaller; give up a row that fails alone."""
+        self.telemetry.totals.out_of_memory += 1
         tokens = sum(piece.tokens for piece in pieces)
         if not self._backoff.failed(rows=len(pieces), tokens=tokens):
             self._failed = [piece.row for piece in pieces]

@@ -6,7 +6,6 @@ vocabulary of 150,000 words the scores of a prompt would take more than all else
 
 Shapes: T tokens of the packed sequence, B rows whose next token is chosen, V words.
 """
-# ruff: noqa: N803, N806 - names of tensors end in their shape
 
 from __future__ import annotations
 
@@ -58,7 +57,10 @@ class Forward:
         Returns:
             Scores (B, V) after the pieces that sample, in their order.
         """
-        spans, positions, ends, offset = [], [], [], 0
+        spans: list[Span] = []
+        positions: list[int] = []
+        ends: list[int] = []
+        offset = 0
         for row, start, end, samples in pieces:
             spans.append(Span(row.slot, start, end, offset, row.blocks))
             positions += range(start, end)

@@ -9,7 +9,6 @@ noisy scores are nearly equal, not wherever some boundary among a whole vocabula
 
 Shapes: B rows, V words of the vocabulary.
 """
-# ruff: noqa: N803, N806 - names of tensors end in their shape
 
 from __future__ import annotations
 

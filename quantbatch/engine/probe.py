@@ -5,7 +5,6 @@ pieces and token by token, and their scores are compared with those of the model
 model with state of another kind (linear attention), with an attention of its own, or that drops
 what it should pass on, fails here, and its rows are answered by the static engine.
 """
-# ruff: noqa: N806 - names of tensors end in their shape
 
 from __future__ import annotations
 
@@ -43,11 +42,11 @@ class Probe:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        vocabulary = model.get_input_embeddings().num_embeddings
+        plain: Any = model
+        vocabulary = plain.get_input_embeddings().num_embeddings
         random = torch.Generator().manual_seed(0)
         self._ids = [torch.randint(vocabulary, (n,), generator=random) for n in LENGTHS]
         self._device = model.device
-        plain: Any = model
         with torch.inference_mode():
             self._plain = [
                 plain(input_ids=ids[None].to(self._device), use_cache=False).logits[0].float()

@@ -12,7 +12,6 @@ back from the device.
 
 Shapes: B rows of a step, S places in the batch, V words of the vocabulary.
 """
-# ruff: noqa: N803, N806 - names of tensors end in their shape
 
 from __future__ import annotations
 
@@ -72,28 +71,9 @@ class _Settings(NamedTuple):
     most_logprobs: int
 
 
-def is_plain(sampling: Sampling) -> bool:
-    """Tell whether a row takes the likeliest token and nothing else."""
-    return sampling.temperature == 0 and sampling.logprobs is None and not _changes_scores(sampling)
-
-
 def needs_history(sampling: Sampling) -> bool:
     """Tell whether choosing a token needs the ones before it to be known to the host."""
     return bool(sampling.bad_words)
-
-
-def _changes_scores(sampling: Sampling) -> bool:
-    return bool(
-        _counts_tokens(sampling)
-        or sampling.logit_bias
-        or sampling.bad_words
-        or sampling.min_new_tokens
-    )
-
-
-def _counts_tokens(sampling: Sampling) -> bool:
-    penalties = sampling.presence_penalty, sampling.frequency_penalty
-    return sampling.repetition_penalty != 1 or any(penalties)
 
 
 class Sampler:
@@ -115,7 +95,7 @@ class Sampler:
 
     def start(self, row: Row, vocabulary: int) -> None:
         """Note what a row that enters the batch has said so far."""
-        if not _counts_tokens(row.request.sampling):
+        if not row.request.sampling.counts_tokens:
             return
         if self._in_prompt_SV is None or self._counts_SV is None:
             shape = self._slots, vocabulary
@@ -137,7 +117,7 @@ class Sampler:
         """
         best = logits_BV.max(-1)
         sound_B = best.values < torch.inf  # false for nan, too
-        if all(is_plain(row.request.sampling) for row in rows):
+        if all(row.request.sampling.is_plain for row in rows):
             return Chosen(best.indices, sound_B, None)
         settings = self._settings_of(rows)
         scores_BV = self._adjusted(logits_BV.float(), rows, generated, settings)
@@ -153,7 +133,7 @@ class Sampler:
     def _count(self, rows: Sequence[Row], slots_B: Tensor, tokens_B: Tensor) -> None:
         if self._counts_SV is not None:
             counted = torch.tensor(
-                [_counts_tokens(row.request.sampling) for row in rows],
+                [row.request.sampling.counts_tokens for row in rows],
                 dtype=torch.int32,
                 device=self._device,
             )
@@ -232,14 +212,14 @@ class Sampler:
                 scores_BV = scores_BV - settings.presence_B1 * (counts_BV > 0)
             if settings.frequency_B1 is not None:
                 scores_BV = scores_BV - settings.frequency_B1 * counts_BV
-        places, forbidden = self._forbidden(rows, generated)
-        if places:
+        struck, forbidden = self._forbidden(rows, generated, scores_BV.shape[1])
+        if struck:
             scores_BV = scores_BV.clone()
-            scores_BV[places, forbidden] = -torch.inf
+            scores_BV[struck, forbidden] = -torch.inf
         return scores_BV
 
     def _forbidden(
-        self, rows: Sequence[Row], generated: Sequence[int]
+        self, rows: Sequence[Row], generated: Sequence[int], vocabulary: int
     ) -> tuple[list[int], list[int]]:
         """Return the places and tokens that may not be chosen now."""
         places: list[int] = []
@@ -253,8 +233,9 @@ class Sampler:
                 answer = row.tokens[row.prompt_tokens :]
                 words = self._endings.bad_word_ids(sampling)
                 forbidden |= {word[-1] for word in words if _is_next(word, answer)}
-            places += [place] * len(forbidden)
-            tokens += sorted(forbidden)
+            known = sorted(token for token in forbidden if token < vocabulary)
+            places += [place] * len(known)
+            tokens += known
         return places, tokens
 
 

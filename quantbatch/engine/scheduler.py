@@ -244,8 +244,8 @@ class Scheduler:
         row.once_computed = max(row.once_computed, piece.end)
 
     def _of_running(self, limits: Limits) -> Iterator[Piece]:
-        """Yield pieces of running rows, oldest first: those that are put back on the way are younger
-        than any that has its piece.
+        """Yield pieces of running rows, oldest first: a row that is put back on the way is then
+        younger than all that have their pieces.
         """
         while len(self.running) > limits.rows:
             self._preempt(self.running[-1])
@@ -292,7 +292,7 @@ class Scheduler:
             self._admit(row)
             end = min(row.length, row.computed + budget)
             taken = self._take_blocks(row, end)
-            assert taken and row.slot >= 0, "a row was admitted without room for its prompt"
+            assert taken, "a row was admitted without room for its prompt"
             budget -= end - row.computed
             free -= 1
             yield Piece(row, row.computed, end, end == row.length)

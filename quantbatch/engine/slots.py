@@ -13,7 +13,6 @@ gives pages at their first use.
 Shapes: S slots, K key-value heads, L tokens of a slot, D sizes of a head, T tokens of the step,
 N blocks of the pool, P tokens of a block.
 """
-# ruff: noqa: N803, N806 - names of tensors end in their shape
 
 from __future__ import annotations
 
@@ -113,7 +112,10 @@ class SlotStore(KvStore):
         outputs = []
         for slot, start, end, offset, _ in self._spans:
             q_1HQD = q_1HTD[:, :, offset : offset + end - start]
-            k_1KLD, v_1KLD = keys_SKLD[slot : slot + 1, :, :end], values_SKLD[slot : slot + 1, :, :end]
+            k_1KLD, v_1KLD = (
+                keys_SKLD[slot : slot + 1, :, :end],
+                values_SKLD[slot : slot + 1, :, :end],
+            )
             outputs.append(attend_one_row(q_1HQD, k_1KLD, v_1KLD, options).transpose(1, 2))
         return torch.cat(outputs, dim=1)
 

@@ -16,7 +16,7 @@ Three things are not left to `generate`:
 Shapes: B rows, T tokens (padding, prompt and what is generated so far), N new tokens, V words of
 the vocabulary, K likeliest tokens.
 """
-# ruff: noqa: N802, N803, N806, N815 - names of tensors end in their shape
+# ruff: noqa: N802 - names of tensors end in their shape
 
 from __future__ import annotations
 

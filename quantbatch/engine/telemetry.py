@@ -9,9 +9,10 @@ again, steps that a row took after its end was decided and not yet known.
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from collections import deque
+from dataclasses import asdict, dataclass, fields, replace
+
+from quantbatch.records import EngineProgress, EngineSecond
 
 MAX_SECONDS = 600
 """Lines kept until they are taken; older ones are dropped, their totals are not."""
@@ -57,60 +58,46 @@ class Totals:
         return Totals(**{n: getattr(self, n) - getattr(earlier, n) for n in names})
 
 
-class Second(NamedTuple):
-    """What happened in one second; floats are rounded to what a reader can use."""
-
-    at_s: float
-    """End of the second, in seconds since the engine was made."""
-    steps: int
-    step_ms: float
-    """Mean time of a step."""
-    rows: float
-    """Mean rows in the batch."""
-    kv_share: float
-    """Share of the KV pool in use."""
-    prefill_tokens: int
-    decode_tokens: int
-    useful_share: float
-    preemptions: int
-    out_of_memory: int
-
-
 class Telemetry:
     """The counters of an engine.
 
-    Args:
-        now: Clock, in seconds.
+    The engine's thread writes, and any other may read.
     """
 
-    def __init__(self, now: float | None = None) -> None:
+    def __init__(self, now: float) -> None:
         self.totals = Totals()
-        self._began = self._second_began = time.perf_counter() if now is None else now
+        self._began = self._second_began = now
         self._before = replace(self.totals)
-        self._seconds: list[Second] = []
+        self._seconds: deque[EngineSecond] = deque(maxlen=MAX_SECONDS)
 
-    def stepped(self, now: float, kv_share: float) -> None:
-        """Note the end of a step; closes a second when one is over."""
+    def stepped(self, now: float, *, kv_share: float, idle: bool) -> None:
+        """Note the end of a step.
+
+        Args:
+            now: In seconds.
+            kv_share: Share of the KV pool in use.
+            idle: Whether there is nothing left to do, and so the second won't be filled.
+        """
         self.totals.steps += 1
-        if now - self._second_began >= 1.0:
+        if idle or now - self._second_began >= 1.0:
             self._close(now, kv_share)
 
-    def take(self, now: float, kv_share: float) -> list[Second]:
-        """Return the seconds since the last call, the unfinished one included."""
-        if self.totals.steps > self._before.steps:
-            self._close(now, kv_share)
-        taken, self._seconds = self._seconds, []
-        return taken
+    def take(self) -> EngineProgress:
+        """Return the totals, and the seconds since the last call."""
+        seconds = []
+        while self._seconds:
+            seconds.append(self._seconds.popleft())
+        totals = {key: round(value, 3) for key, value in asdict(self.totals).items()}
+        return EngineProgress(totals, tuple(seconds))
 
     def _close(self, now: float, kv_share: float) -> None:
         done = self.totals.since(self._before)
-        steps = max(1, done.steps)
         self._seconds.append(
-            Second(
+            EngineSecond(
                 at_s=round(now - self._began, 2),
                 steps=done.steps,
-                step_ms=round(1000 * done.step_s / steps, 2),
-                rows=round(done.rows / steps, 1),
+                step_ms=round(1000 * done.step_s / done.steps, 2),
+                rows=round(done.rows / done.steps, 1),
                 kv_share=round(kv_share, 4),
                 prefill_tokens=done.prefill_tokens,
                 decode_tokens=done.decode_tokens,
@@ -119,5 +106,4 @@ class Telemetry:
                 out_of_memory=done.out_of_memory,
             )
         )
-        del self._seconds[:-MAX_SECONDS]
         self._before, self._second_began = replace(self.totals), now

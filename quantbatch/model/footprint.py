@@ -50,7 +50,12 @@ LOGIT_BYTES = 2 + 4 + 30
 """For each row and word of the vocabulary: 16-bit logits, the float32 copy that `generate` makes of
 them, and what choosing a token takes, most of all sorting for top_p: the warped scores, sorted
 scores and their places, probabilities and their sums (4 + 4 + 8 + 4 + 4), masks and the result
-(2 + 4). Counted in transformers/generation/logits_process.py, 5.23. Greedy decoding takes 6."""
+(2 + 4). Counted in transformers/generation/logits_process.py, 5.23."""
+GREEDY_LOGIT_BYTES = 2 + 4
+"""The same for a row that takes the likeliest token and nothing else."""
+QUERY_BLOCK = 256
+"""Tokens of a prompt whose attention scores are there at once in the continuous engine, for models
+that compute them as a whole."""
 INT8_OUTPUT_BYTES = 4 + 2
 """int8 products are accumulated in 32 bits and then scaled to 16 (bitsandbytes 0.50)."""
 
@@ -402,6 +407,19 @@ def hidden_size(config: Mapping[str, Any]) -> int:
     return _first(config, "hidden_size", "n_embd", "d_model")
 
 
+def unpackable(config: Mapping[str, Any]) -> str | None:
+    """Return why rows of a model can't share a paged cache, as far as its configuration tells.
+
+    The continuous engine then leaves it to the static one; what the configuration does not tell is
+    found out by trying (`engine/probe.py`).
+    """
+    if config.get("kv_lora_rank"):
+        return "multi-head latent attention, whose cache would be unpacked"
+    kinds = set(_layer_types(config, _first(config, "num_hidden_layers", "n_layer", "n_layers")))
+    other = sorted(kinds - {"full_attention", "sliding_attention"})
+    return f"layers of the kind {', '.join(other)}" if other else None
+
+
 # ---- workspace
 
 
@@ -448,9 +466,16 @@ def score_bytes(config: Mapping[str, Any], rows: int, tokens: int, item_bytes: i
     return rows * _heads(config) * tokens * tokens * (3 * item_bytes + 4)
 
 
-def logit_bytes(config: Mapping[str, Any], rows: int) -> int:
+def packed_score_bytes(config: Mapping[str, Any], tokens: int, item_bytes: int) -> int:
+    """Return the attention scores of one row's piece of a prompt in the continuous engine."""
+    if config.get("model_type") not in EAGER_MODELS:
+        return 0
+    return _heads(config) * QUERY_BLOCK * tokens * (3 * item_bytes + 4)
+
+
+def logit_bytes(config: Mapping[str, Any], rows: int, *, greedy: bool = False) -> int:
     """Return what choosing the next token of each row takes."""
-    return rows * _first(config, "vocab_size") * LOGIT_BYTES
+    return rows * _first(config, "vocab_size") * (GREEDY_LOGIT_BYTES if greedy else LOGIT_BYTES)
 
 
 def cache_growth_bytes(shape: KvShape, rows: int, tokens: int) -> int:

@@ -5,8 +5,11 @@
 The first three are computed from shapes by `footprint`; overhead is what a process
 takes besides tensors (on a card, the CUDA context), and the
 reserve is for fragmentation. All of it is arithmetic, so a job that can't run is refused before
-anybody waits for a card, with what would help. Here it is planned for an engine that pads: the rows
-of a group all take the room of the longest.
+anybody waits for a card, with what would help.
+
+Two kinds of engine are planned. The static one pads: the rows of a group all take the room of the
+longest, in the cache and in a forward. The continuous one computes a bounded number of tokens in a
+step and takes cache as rows grow; whatever the card has left is its pool, and its rows share it.
 """
 
 from __future__ import annotations
@@ -15,18 +18,19 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from quantbatch.engine.blocks import BLOCK_TOKENS, blocks_for
 from quantbatch.errors import DoesNotFit
 from quantbatch.model import footprint
 from quantbatch.model.checkpoint import stored_quantization
-from quantbatch.model.footprint import ITEM_BYTES, Part, kv_shape, weigh, weight_dtype
-from quantbatch.spec import FourBit, Int8, Unquantized
+from quantbatch.model.footprint import ITEM_BYTES, Part, kv_shape, unpackable, weigh, weight_dtype
+from quantbatch.spec import ContinuousEngine, FourBit, Int8, Unquantized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from quantbatch.model.checkpoint import Checkpoint
     from quantbatch.model.footprint import KvShape, Weights
-    from quantbatch.spec import Model
+    from quantbatch.spec import JobSpec, Model, Quantization
 
 CUDA_CONTEXT_BYTES = 512 * 2**20
 """CUDA context with cuBLAS: 0.49 GiB in an out-of-memory report from a 4090 (14.56 GiB in the
@@ -39,12 +43,26 @@ RESERVE = 0.05
 """Share of KV cache and workspace that is lost to rounding and fragmentation; weights are allocated
 once. Placeholder, not measured."""
 
-MAX_BATCH_SIZE = 64
+MAX_PADDED_ROWS = 64
 """More rows do not pay: a 32B model at 4 bits stops gaining at 64 (977 tokens/s, at 96 only 782; a
 roofline for a 4090), and the rows of a padded group wait for the longest of them."""
 DEFAULT_BATCH_SIZE = 32
 """Where no limit is known, as on a CPU: `generate` on groups of 32 rows of similar length was the
 fastest of what we measured there."""
+
+PACKED_ROWS = (256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
+"""Batch sizes of the continuous engine to choose from. bitsandbytes expands a 4-bit matrix for more
+than 8 to 64 rows, and then 256 rows cost hardly more than 32 (14336 x 4096 on an H100, measured: 72
+us for 32, 126 for 64, 134 for 256)."""
+TOKENS_FOR_A_ROW = 512
+"""Tokens of cache that a further row should find. Prompts and answers of a batch job have some
+hundred; with fewer than that, rows are put back and computed again. Placeholder, not measured."""
+STEP_TOKENS = {"cuda": 2048, "cpu": 512}
+"""Tokens of a step by device. The overhead of expanding 4-bit weights falls from 1.6 times at 256
+tokens to 1.1 at 2,048 (roofline of a 4090)."""
+PACKED_RESERVE = 0.01
+"""Share of the card that the continuous engine leaves for fragmentation, beside `RESERVE` of its
+workspace; its pool is allocated once."""
 
 LENGTH_STEP = 64
 """Tokens; shorter rows than this are no help."""
@@ -62,6 +80,10 @@ class MemoryPlan:
     overhead_bytes: int
     reserve_bytes: int
     batch_size: int
+    kv_tokens: int
+    """Tokens that the cache has room for."""
+    step_tokens: int | None
+    """Tokens computed in one step by the continuous engine; None for the static one."""
     device_bytes: int | None
     """Memory of the device; None if it is not known, or there is no limit to keep."""
 
@@ -77,44 +99,77 @@ class MemoryPlan:
         return self.device_bytes is None or self.total <= self.device_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a replica is to do, as far as its memory depends on it."""
+
+    max_tokens: int
+    """Prompt and answer of the longest row, in tokens."""
+    prompt_tokens: int
+    """The longest prompt alone, in tokens."""
+    batch_size: int | None = None
+    """Rows at once; None takes as many as pay and fit."""
+    step_tokens: int | None = None
+    """Tokens in a step of the continuous engine; None plans for the static one."""
+    greedy: bool = False
+    """Whether every row takes the likeliest token and nothing else: choosing is then cheap."""
+
+    @classmethod
+    def of(
+        cls, spec: JobSpec, checkpoint: Checkpoint, *, max_input_tokens: int, device: str
+    ) -> Work:
+        """Return the work of a job's replica.
+
+        Args:
+            spec: The job, with an engine that has a model.
+            checkpoint: The model's files.
+            max_input_tokens: Longest prompt.
+            device: `cpu`, or the name of a card.
+        """
+        engine, sampling = spec.engine, spec.sampling
+        step_tokens = None
+        if isinstance(engine, ContinuousEngine) and not unpackable(checkpoint.text_config):
+            auto = STEP_TOKENS["cpu" if device == "cpu" else "cuda"]
+            step_tokens = auto if engine.step_tokens == "auto" else engine.step_tokens
+        return cls(
+            max_tokens=max_input_tokens + sampling.max_new_tokens,
+            prompt_tokens=max_input_tokens,
+            batch_size=None if engine.batch_size == "auto" else engine.batch_size,
+            step_tokens=step_tokens,
+            greedy=sampling.is_plain,
+        )
+
+
 def plan_memory(
-    checkpoint: Checkpoint,
-    model: Model,
-    *,
-    max_tokens: int,
-    batch_size: int | None,
-    device_bytes: int | None,
-    prompt_tokens: int | None = None,
+    checkpoint: Checkpoint, model: Model, work: Work, device_bytes: int | None
 ) -> MemoryPlan:
-    """Plan a replica that answers groups of rows of the greatest length.
+    """Plan a replica whose rows may all have the greatest length.
 
     Args:
         checkpoint: The model's files.
         model: How to load it.
-        max_tokens: Prompt and answer of the longest row, in tokens.
-        batch_size: Rows at once; None takes as many as fit, at most `MAX_BATCH_SIZE`.
+        work: What it is to do.
         device_bytes: Memory of the card, as torch.cuda.mem_get_info reports it; None for a CPU.
-        prompt_tokens: The longest prompt alone, in tokens; None stands for `max_tokens`.
 
     Raises:
         DoesNotFit: Not even one row, or not as many as asked for, have room.
         ModelError: There is nothing to quantize, or a name in skip_modules matches no layer.
     """
-    prompt = max_tokens if prompt_tokens is None else min(prompt_tokens, max_tokens)
-    weights = weigh(checkpoint, model)
-    load = _Load(checkpoint, model, weights, max_tokens, prompt, device_bytes)
-    for rows in _batch_sizes(batch_size, device_bytes):
+    load = _Load(checkpoint, model, weigh(checkpoint, model), work, device_bytes)
+    for rows in _batch_sizes(work, device_bytes):
         plan = load.plan(rows)
-        if plan.fits:
+        if plan.fits and (rows in (1, work.batch_size) or load.has_room_for(rows, plan)):
             return plan
-    raise _does_not_fit(load, batch_size or 1)
+    raise _does_not_fit(load, work.batch_size or 1)
 
 
-def _batch_sizes(asked: int | None, device_bytes: int | None) -> Sequence[int]:
+def _batch_sizes(work: Work, device_bytes: int | None) -> Sequence[int]:
     """Return the batch sizes to try, the best first."""
-    if asked is not None:
-        return [asked]
-    return [DEFAULT_BATCH_SIZE] if device_bytes is None else range(MAX_BATCH_SIZE, 0, -1)
+    if work.batch_size is not None:
+        return [work.batch_size]
+    if device_bytes is None:
+        return [DEFAULT_BATCH_SIZE]
+    return PACKED_ROWS if work.step_tokens else range(MAX_PADDED_ROWS, 0, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,44 +179,109 @@ class _Load:
     checkpoint: Checkpoint
     model: Model
     weights: Weights
-    max_tokens: int
-    prompt_tokens: int
+    work: Work
     device_bytes: int | None
 
     def plan(self, rows: int) -> MemoryPlan:
-        item_bytes = ITEM_BYTES[weight_dtype(self.checkpoint, self.model)]
-        shape = kv_shape(self.checkpoint.text_config, item_bytes)
-        prefilled = shape.prefill_row_bytes(self.prompt_tokens)
-        kv_bytes = rows * max(prefilled, shape.row_bytes(self.max_tokens))
-        workspace_bytes = self._workspace_bytes(rows, shape, item_bytes)
+        return self._padded(rows) if self.work.step_tokens is None else self._packed(rows)
+
+    def has_room_for(self, rows: int, plan: MemoryPlan) -> bool:
+        """Tell whether a plan's pool is worth so many rows; padded rows have their own room."""
+        wanted = rows * min(self.work.max_tokens, TOKENS_FOR_A_ROW)
+        return self.work.step_tokens is None or plan.kv_tokens >= wanted
+
+    def _padded(self, rows: int) -> MemoryPlan:
+        prefilled = self._shape.prefill_row_bytes(self.work.prompt_tokens)
+        kv_bytes = rows * max(prefilled, self._shape.row_bytes(self.work.max_tokens))
+        workspace_bytes = self._padded_workspace_bytes(rows)
         return MemoryPlan(
             weight_bytes=self.weights.total_bytes,
-            kv_bytes_per_token=shape.bytes_per_token,
+            kv_bytes_per_token=self._shape.bytes_per_token,
             kv_bytes=kv_bytes,
             workspace_bytes=workspace_bytes,
-            overhead_bytes=CPU_PROCESS_BYTES if self.device_bytes is None else CUDA_CONTEXT_BYTES,
+            overhead_bytes=self._overhead_bytes,
             reserve_bytes=math.ceil(RESERVE * (kv_bytes + workspace_bytes)),
             batch_size=rows,
+            kv_tokens=rows * self.work.max_tokens,
+            step_tokens=None,
             device_bytes=self.device_bytes,
         )
 
-    def _workspace_bytes(self, rows: int, shape: KvShape, item_bytes: int) -> int:
-        config = self.checkpoint.text_config
-        quantization = stored_quantization(self.checkpoint.config)
-        quantization = quantization or self.model.resolved().quantization or Unquantized()
-        tokens = rows * self.prompt_tokens
+    def _packed(self, rows: int) -> MemoryPlan:
+        """Plan a pool of what is left, but of no more than all rows at their longest could use."""
+        per_token = self._shape.bytes_per_token
+        workspace_bytes = self._packed_workspace_bytes(rows)
+        reserve_bytes = math.ceil(
+            RESERVE * workspace_bytes + PACKED_RESERVE * (self.device_bytes or 0)
+        )
+        used = self.weights.total_bytes + workspace_bytes + self._overhead_bytes + reserve_bytes
+        kv_tokens = most = rows * self.work.max_tokens
+        if self.device_bytes is not None:
+            left = (self.device_bytes - used) // per_token
+            kv_tokens = min(most, max(left, self.work.max_tokens))
+        # Whole blocks, and enough of them for the longest row.
+        kv_tokens = BLOCK_TOKENS * max(kv_tokens // BLOCK_TOKENS, blocks_for(self.work.max_tokens))
+        return MemoryPlan(
+            weight_bytes=self.weights.total_bytes,
+            kv_bytes_per_token=per_token,
+            kv_bytes=kv_tokens * per_token,
+            workspace_bytes=workspace_bytes,
+            overhead_bytes=self._overhead_bytes,
+            reserve_bytes=reserve_bytes,
+            batch_size=rows,
+            kv_tokens=kv_tokens,
+            step_tokens=self.work.step_tokens,
+            device_bytes=self.device_bytes,
+        )
+
+    @property
+    def _item_bytes(self) -> int:
+        return ITEM_BYTES[weight_dtype(self.checkpoint, self.model)]
+
+    @property
+    def _shape(self) -> KvShape:
+        return kv_shape(self.checkpoint.text_config, self._item_bytes)
+
+    @property
+    def _overhead_bytes(self) -> int:
+        return CPU_PROCESS_BYTES if self.device_bytes is None else CUDA_CONTEXT_BYTES
+
+    @property
+    def _quantization(self) -> Quantization:
+        stored = stored_quantization(self.checkpoint.config)
+        return stored or self.model.resolved().quantization or Unquantized()
+
+    def _padded_workspace_bytes(self, rows: int) -> int:
+        config, item_bytes = self.checkpoint.text_config, self._item_bytes
+        tokens = rows * self.work.prompt_tokens
         return (
-            footprint.dequantized_bytes(self.weights, quantization, tokens)
+            footprint.dequantized_bytes(self.weights, self._quantization, tokens)
             + footprint.activation_bytes(config, tokens, item_bytes)
-            + footprint.mask_bytes(rows, self.prompt_tokens, item_bytes)
-            + footprint.score_bytes(config, rows, self.prompt_tokens, item_bytes)
+            + footprint.mask_bytes(rows, self.work.prompt_tokens, item_bytes)
+            + footprint.score_bytes(config, rows, self.work.prompt_tokens, item_bytes)
             + footprint.logit_bytes(config, rows)
-            + footprint.cache_growth_bytes(shape, rows, self.max_tokens)
+            + footprint.cache_growth_bytes(self._shape, rows, self.work.max_tokens)
+        )
+
+    def _packed_workspace_bytes(self, rows: int) -> int:
+        assert self.work.step_tokens is not None
+        config, item_bytes = self.checkpoint.text_config, self._item_bytes
+        tokens = max(rows, self.work.step_tokens)
+        return (
+            footprint.dequantized_bytes(self.weights, self._quantization, tokens)
+            + footprint.activation_bytes(config, tokens, item_bytes)
+            + footprint.packed_score_bytes(config, self.work.max_tokens, item_bytes)
+            + footprint.logit_bytes(config, rows, greedy=self.work.greedy)
+            # Prompts in pieces gather what a layer has of them, at most all rows' own.
+            + footprint.cache_growth_bytes(
+                self._shape, 1, self.work.step_tokens + 2 * self.work.max_tokens
+            )
         )
 
     def of_length(self, tokens: int) -> _Load:
         """The same with shorter rows: at first shorter prompts."""
-        return replace(self, max_tokens=tokens, prompt_tokens=min(self.prompt_tokens, tokens))
+        prompt = min(self.work.prompt_tokens, tokens)
+        return replace(self, work=replace(self.work, max_tokens=tokens, prompt_tokens=prompt))
 
     def in_bits(self, bits: Literal[4, 8, 16]) -> _Load:
         """The same with other weights."""
@@ -177,7 +297,7 @@ def _does_not_fit(load: _Load, rows: int) -> DoesNotFit:
         f"{load.checkpoint.id} at {_bits(load)} does not fit: it needs {gib(plan.total)} and the"
         f" device has {gib(plan.device_bytes)}\n"
         f"  weights {gib(plan.weight_bytes)}"
-        f" + KV cache {gib(plan.kv_bytes)} ({rows} x {load.max_tokens:,} tokens, "
+        f" + KV cache {gib(plan.kv_bytes)} ({_cached(load, rows)} tokens, "
         f"{plan.kv_bytes_per_token / 1024:g} KiB each)"
         f" + workspace {gib(plan.workspace_bytes)} + CUDA context {gib(plan.overhead_bytes)}"
         f" + reserve {gib(plan.reserve_bytes)}"
@@ -186,6 +306,11 @@ def _does_not_fit(load: _Load, rows: int) -> DoesNotFit:
     if experts:
         problem += f"\n  {gib(experts)} of the weights are experts, which stay in 16 bits"
     return DoesNotFit(problem, _cheapest_help(load, rows))
+
+
+def _cached(load: _Load, rows: int) -> str:
+    longest = f"{load.work.max_tokens:,}"
+    return f"{rows} x {longest}" if load.work.step_tokens is None else f"one row of {longest}"
 
 
 def _cheapest_help(load: _Load, rows: int) -> str:
@@ -204,7 +329,7 @@ def _cheapest_help(load: _Load, rows: int) -> str:
 
 def _longest_fitting(load: _Load) -> int:
     """Return the most tokens with which one row fits, in steps of `LENGTH_STEP`; 0 if none does."""
-    fitting, too_long = 0, math.ceil(load.max_tokens / LENGTH_STEP)
+    fitting, too_long = 0, math.ceil(load.work.max_tokens / LENGTH_STEP)
     while too_long - fitting > 1:
         middle = (fitting + too_long) // 2
         if load.of_length(middle * LENGTH_STEP).plan(1).fits:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from quantbatch.model.checkpoint import open_checkpoint
-from quantbatch.model.memory import plan_memory
+from quantbatch.model.memory import Work, plan_memory
 from quantbatch.prompts.tokens import load_tokenizer
 from quantbatch.records import Request, RequestId
 from quantbatch.runner import Runner
@@ -123,10 +123,8 @@ def test_a_replica_stays_within_its_plan(kind: str, rows: int, billion: Path) ->
     plan = plan_memory(
         open_checkpoint(model),
         model,
-        max_tokens=1024 + 64,
-        prompt_tokens=1024,
-        batch_size=rows,
-        device_bytes=peak.device_bytes("cuda", 1),
+        Work(max_tokens=1024 + 64, prompt_tokens=1024, batch_size=rows),
+        peak.device_bytes("cuda", 1),
     )
     measured = peak.PeakMemory("cuda")
     before = torch.cuda.memory_reserved()

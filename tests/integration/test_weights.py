@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from quantbatch.errors import DoesNotFit, ModelError
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.model.footprint import kv_shape, weigh
-from quantbatch.model.memory import plan_memory
+from quantbatch.model.memory import Work, plan_memory
 from quantbatch.spec import FourBit, Int8, Model, Unquantized
 from quantbatch.weights import bnb
 from quantbatch.weights.bnb import LoadedModel, load, resolve
@@ -352,7 +352,7 @@ def test_the_measured_peak_is_within_the_plan(tmp_path: Path) -> None:
     )  # fmt: skip
     model = Model(id=str(folder), bits=32)
     checkpoint = open_checkpoint(model)
-    plan = plan_memory(checkpoint, model, max_tokens=128, batch_size=8, device_bytes=None)
+    plan = plan_memory(checkpoint, model, Work(128, 128, batch_size=8), None)
     peak = PeakMemory("cpu")
     found: Any = load(checkpoint, model, "cpu").model
     prompts = torch.randint(5, 4000, (8, 120))

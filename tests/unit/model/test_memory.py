@@ -21,11 +21,12 @@ from quantbatch.model.footprint import (
     int8_bytes,
     kv_shape,
     score_bytes,
+    unpackable,
     weigh,
     weight_dtype,
 )
 from quantbatch.model.headers import TensorInfo
-from quantbatch.model.memory import MAX_BATCH_SIZE, MemoryPlan, plan_memory
+from quantbatch.model.memory import MAX_PADDED_ROWS, MemoryPlan, Work, plan_memory
 from quantbatch.spec import FourBit, Int8, Model
 
 if TYPE_CHECKING:
@@ -413,8 +414,10 @@ def test_whole_attention_scores_count_where_there_is_no_sdpa() -> None:
 
 
 def plan(checkpoint: Checkpoint, bits: int | None = 4, **changes: Any) -> MemoryPlan:
-    fields: dict[str, Any] = {"max_tokens": 1024, "batch_size": None, "device_bytes": CARD}
-    return plan_memory(checkpoint, model(bits=bits), **fields | changes)
+    device_bytes = changes.pop("device_bytes", CARD)
+    fields = {"max_tokens": 1024} | changes
+    fields["prompt_tokens"] = min(fields.get("prompt_tokens", 1 << 62), fields["max_tokens"])
+    return plan_memory(checkpoint, model(bits=bits), Work(**fields), device_bytes)
 
 
 def test_a_32b_model_at_4_bits_fits_a_24_gb_card() -> None:
@@ -427,9 +430,8 @@ def test_a_32b_model_at_4_bits_fits_a_24_gb_card() -> None:
     flat = plan_memory(
         qwen_32b(),
         model(quantization=FourBit(double_quant=False)),
-        max_tokens=1024,
-        batch_size=None,
-        device_bytes=CARD,
+        Work(max_tokens=1024, prompt_tokens=1024),
+        CARD,
     )
     assert 5 <= flat.batch_size < found.batch_size
 
@@ -443,7 +445,7 @@ def test_the_sum_is_the_sum() -> None:
 
 
 def test_auto_takes_what_fits_up_to_64_rows() -> None:
-    assert plan(llama_8b(), max_tokens=256).batch_size == MAX_BATCH_SIZE == 64
+    assert plan(llama_8b(), max_tokens=256).batch_size == MAX_PADDED_ROWS == 64
     long = plan(llama_8b(), max_tokens=2048)
     assert 1 < long.batch_size < 64
     with pytest.raises(DoesNotFit):
@@ -496,6 +498,65 @@ def test_experts_are_named_when_they_are_why() -> None:
     )
 
 
+# ---- the continuous engine
+
+
+def packed(checkpoint: Checkpoint, bits: int | None = 4, **changes: Any) -> MemoryPlan:
+    return plan(checkpoint, bits, **{"step_tokens": 2048, "greedy": True} | changes)
+
+
+def test_the_pool_is_what_the_card_has_left() -> None:
+    found = packed(qwen_32b(), max_tokens=8192)
+    assert found.fits
+    assert found.kv_tokens % 16 == 0
+    assert found.kv_bytes == found.kv_tokens * 256 * KIB
+    assert 12_000 < found.kv_tokens < 20_000
+    assert found.device_bytes is not None
+    assert 0 <= found.device_bytes - found.total < 16 * 256 * KIB
+    parts = found.weight_bytes + found.kv_bytes + found.workspace_bytes
+    assert found.total == parts + found.overhead_bytes + found.reserve_bytes
+
+
+def test_the_pool_is_no_larger_than_its_rows_could_use() -> None:
+    found = packed(llama_8b(), max_tokens=100, batch_size=8)
+    assert found.kv_tokens == 800
+    assert found.total < CARD // 2
+
+
+def test_rows_that_share_a_pool_are_more_than_padded_ones() -> None:
+    padded, shared = plan(qwen_32b(), max_tokens=4096), packed(qwen_32b(), max_tokens=4096)
+    assert shared.batch_size > 4 * padded.batch_size
+    assert shared.kv_tokens >= shared.batch_size * 512
+
+
+def test_a_number_of_rows_is_obeyed_and_one_row_of_the_greatest_length_must_fit() -> None:
+    assert packed(qwen_32b(), max_tokens=8192, batch_size=100).batch_size == 100
+    problem = refusal(qwen_32b(), max_tokens=40_000, step_tokens=2048).problem
+    assert "one row of 40,000 tokens" in problem
+
+
+def test_what_is_drawn_takes_more_than_what_is_likeliest() -> None:
+    greedy = packed(qwen_32b(), batch_size=64).workspace_bytes
+    drawn = packed(qwen_32b(), batch_size=64, greedy=False).workspace_bytes
+    assert drawn - greedy == 64 * 152_064 * 30
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({}, None),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, None),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ({"kv_lora_rank": 512}, "latent"),
+    ],
+)
+def test_what_no_paged_cache_holds_is_known_from_the_configuration(
+    config: dict[str, Any], why: str | None
+) -> None:
+    found = unpackable({"num_hidden_layers": 2} | config)
+    assert (found is None) if why is None else (found is not None and why in found)
+
+
 # ---- laws
 
 BITS = st.sampled_from([4, 8, 16, 32])
@@ -541,7 +602,7 @@ def test_a_larger_card_and_shorter_rows_never_hold_fewer_rows(
             return 0
 
     found = rows(tokens, 512 + gib)
-    assert 0 <= found <= rows(tokens, 512 + gib + 1) <= MAX_BATCH_SIZE
+    assert 0 <= found <= rows(tokens, 512 + gib + 1) <= MAX_PADDED_ROWS
     assert found <= rows(max(1, tokens // 2), 512 + gib)
 
 

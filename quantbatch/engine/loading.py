@@ -1,0 +1,161 @@
+"""From a spec to an engine with a loaded model: what fits, how many rows, and which engine can.
+
+Imports torch; a replica calls it in its own process.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from quantbatch.engine import calibration
+from quantbatch.engine.attention import UnsupportedModelError
+from quantbatch.engine.continuous import ContinuousEngine, EngineLimits
+from quantbatch.engine.dedup import Deduplicated
+from quantbatch.engine.static import StaticEngine
+from quantbatch.model.checkpoint import open_checkpoint
+from quantbatch.model.footprint import unpackable
+from quantbatch.model.memory import Work, plan_memory
+from quantbatch.prompts.tokens import load_tokenizer
+from quantbatch.records import EngineProgress
+from quantbatch.spec import ContinuousEngine as ContinuousOptions
+from quantbatch.weights import bnb, peak
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from quantbatch.engine import Engine
+    from quantbatch.model.memory import MemoryPlan
+    from quantbatch.spec import JobSpec
+    from quantbatch.spec import StaticEngine as StaticOptions
+
+logger = logging.getLogger(__name__)
+
+REFILL_SHARE = 8
+"""On a card rows are admitted when this part of the places is free: a step with prompts can't be
+replayed from a graph, and its cost is shared by those that come together."""
+
+
+class Loaded(NamedTuple):
+    """What a replica needs of a loaded engine; see `replica.LoadedEngine`."""
+
+    engine: Engine
+    planned_bytes: int
+    peak_bytes: Callable[[], int]
+    progress: Callable[[], EngineProgress]
+
+
+def load(
+    spec: JobSpec,
+    options: ContinuousOptions | StaticOptions,
+    *,
+    device: str,
+    max_tokens: int,
+    folder: str,
+) -> Loaded:
+    """Load a job's model and make its engine.
+
+    Args:
+        spec: The job.
+        options: Its engine.
+        device: `cuda` or `cpu`.
+        max_tokens: Longest prompt and answer together, in tokens.
+        folder: What a relative path of the model is relative to.
+
+    Raises:
+        JobError: The model can't be loaded, or does not fit.
+    """
+    if device == "cpu":
+        # torch would take every core of the machine for each replica on it.
+        torch.set_num_threads(max(1, int(spec.cluster.cpus_per_replica)))
+    checkpoint = open_checkpoint(spec.model.seen_from(folder))
+    model = bnb.resolve(checkpoint, spec.model, device)
+    work = Work.of(
+        spec,
+        checkpoint,
+        max_input_tokens=max_tokens - spec.sampling.max_new_tokens,
+        device=torch.device(device).type,
+    )
+    plan = plan_memory(
+        checkpoint, model, work, peak.device_bytes(device, spec.cluster.gpus_per_replica)
+    )
+    measured = peak.PeakMemory(device)
+    loaded = bnb.load(checkpoint, model, device).model
+    tokenizer = load_tokenizer(checkpoint.folder)
+    progress: Callable[[], EngineProgress] = EngineProgress
+    if isinstance(options, ContinuousOptions) and plan.step_tokens:
+        engine, progress = _continuous(loaded, tokenizer, plan, options, max_tokens)
+    else:
+        if isinstance(options, ContinuousOptions):
+            _say_static(checkpoint.id, unpackable(checkpoint.text_config) or "")
+        engine = StaticEngine(loaded, tokenizer, batch_size=plan.batch_size)
+    if options.deduplicate:
+        engine, progress = _deduplicated(engine, progress)
+    return Loaded(engine, plan.total, measured.peak_bytes, progress)
+
+
+def _continuous(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: MemoryPlan,
+    options: ContinuousOptions,
+    max_tokens: int,
+) -> tuple[Engine, Callable[[], EngineProgress]]:
+    assert plan.step_tokens is not None
+    on_card = plan.device_bytes is not None
+    limits = EngineLimits(
+        rows=plan.batch_size,
+        kv_tokens=plan.kv_tokens,
+        step_tokens=plan.step_tokens,
+        refill_rows=max(1, plan.batch_size // REFILL_SHARE) if on_card else 1,
+        share_prefixes=options.share_prefixes,
+    )
+    try:
+        if not on_card and options.batch_size == "auto":
+            rows = _calibrated(model, tokenizer, limits)
+            limits = replace(limits, rows=rows, kv_tokens=max(rows, 1) * max_tokens)
+        made = ContinuousEngine(model, tokenizer, limits)
+    except UnsupportedModelError as error:
+        _say_static(type(model).__name__, str(error))
+        return StaticEngine(model, tokenizer, batch_size=plan.batch_size), EngineProgress
+    return made, made.telemetry.take
+
+
+def _calibrated(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: EngineLimits
+) -> int:
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.num_embeddings
+
+    def step_s(rows: int) -> float:
+        tokens = rows * (calibration.PROMPT_TOKENS + 2 * calibration.STEPS + limits.block_tokens)
+        trial = replace(limits, rows=rows, kv_tokens=tokens, share_prefixes=False)
+        engine = ContinuousEngine(model, tokenizer, trial)
+        try:
+            return calibration.time_step(engine, rows, vocabulary)
+        finally:
+            engine.close()
+
+    rows = calibration.best_size(step_s)
+    logger.info("calibrated: %d rows decoded together", rows)
+    return rows
+
+
+def _deduplicated(
+    engine: Engine, progress: Callable[[], EngineProgress]
+) -> tuple[Engine, Callable[[], EngineProgress]]:
+    wrapped = Deduplicated(engine)
+
+    def with_copies() -> EngineProgress:
+        found = progress()
+        return replace(found, totals=found.totals | {"copied_answers": wrapped.copied})
+
+    return wrapped, with_copies
+
+
+def _say_static(model: str, why: str) -> None:
+    logger.warning("%s runs on the static engine, which is slower: %s", model, why)
