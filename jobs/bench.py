@@ -1,11 +1,15 @@
-"""Measure what surrounds a model: each command prints one JSON document.
+"""Measure what surrounds a model, and the engine: each command prints one JSON document.
 
-    python jobs/bench.py pipeline   rows/s and the driver's memory, 100,000 and 1,000,000 rows
-    python jobs/bench.py plan       a job of 100,000,000 rows: to the first commit, and half done
-    python jobs/bench.py startup    from `quantbatch run` to the first committed row, by part
+    python jobs/bench.py pipeline    rows/s and the driver's memory, 100,000 and 1,000,000 rows
+    python jobs/bench.py plan        a job of 100,000,000 rows: to the first commit, and half done
+    python jobs/bench.py startup     from `quantbatch run` to the first committed row, by part
+    python jobs/bench.py engine      the engine against generate, pipeline, continuous batching
+    python jobs/bench.py engine-job  a job through Ray against its engine alone; two replicas
+    python jobs/bench.py peers       the engine against those of other packages, if installed
 
-The engine is `echo`, which answers with the beginning of the prompt: everything else is real, the
-tokenizer of the quickstart's model included. Each run is a process of its own.
+In the first three the engine is `echo`, which answers with the beginning of the prompt: everything
+else is real, the tokenizer of the quickstart's model included. The others are in `enginebench`.
+Each run is a process of its own.
 """
 
 from __future__ import annotations
@@ -30,13 +34,18 @@ import typer
 from quantbatch.preflight import prepare
 from quantbatch.spec import JobSpec
 
-MODEL = Path(__file__).parents[1] / "configs" / "quickstart" / "model"
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "configs" / "quickstart" / "model"
 COMMAND = str(Path(sys.executable).with_name("quantbatch"))
 TEXT = "the batch reads every row once and writes one answer for each of them"
 WORDS = tuple(TEXT.split())
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Rows = Annotated[list[int], typer.Option(help="Rows of a job; give it several times for several.")]
+Cases = Annotated[list[str], typer.Option(help="WORKLOAD-BITS; give it several times for several.")]
+Only = Annotated[str, typer.Option(help="Part of the names of the contenders to run.")]
+
+sys.path.append(str(ROOT))  # `python jobs/bench.py` would find only what lies beside it
 
 
 def job(folder: Path, **changes: Any) -> JobSpec:
@@ -188,13 +197,129 @@ def startup(config: Path = Path("configs/quickstart.yaml")) -> None:
     _print({"benchmark": "startup", "wall_s": round(elapsed, 2), "run": report["run"]})
 
 
-def _in_own_process(command: str, **options: int) -> dict[str, Any]:
+@app.command()
+def engine(
+    cases: Cases = ["mixed-32", "mixed-4", "prefix-32", "duplicates-32"],  # noqa: B006
+    rows: int = 256,
+    repetitions: int = 2,
+    threads: int = 2,
+    only: Only = "",
+) -> None:
+    """The continuous engine against what a user of transformers would write instead.
+
+    Fails, after printing, if any contender gives other tokens than the first in float32.
+    """
+    documents = [
+        _in_own_process(
+            "run-engine", case=case, rows=rows, repetitions=repetitions, threads=threads, only=only
+        )
+        for case in cases
+    ]
+    _print({"benchmark": "engine", "cases": documents})
+    _agree(documents)
+
+
+@app.command("run-engine", hidden=True)
+def run_engine(
+    case: str = "mixed-32",
+    rows: int = 256,
+    repetitions: int = 2,
+    threads: int = 2,
+    only: str = "",
+) -> None:
+    """Run one case in this process and print its figures."""
+    from jobs.enginebench import model, race
+
+    with tempfile.TemporaryDirectory(prefix="quantbatch-bench-") as name:
+        folder = Path(name, "model")
+        parameters = model.write(folder)
+        found = race.race(
+            folder, case, rows=rows, repetitions=repetitions, threads=threads, only=only
+        )
+    print(json.dumps({"parameters": parameters} | found))
+
+
+@app.command()
+def peers(rows: int = 256, repetitions: int = 2, threads: int = 2, only: Only = "") -> None:
+    """The engine against those of other packages; `enginebench/outside.py` says how to get them."""
+    found = _in_own_process(
+        "run-peers", rows=rows, repetitions=repetitions, threads=threads, only=only
+    )
+    _print({"benchmark": "peers"} | found)
+
+
+@app.command("run-peers", hidden=True)
+def run_peers(rows: int = 256, repetitions: int = 2, threads: int = 2, only: str = "") -> None:
+    """Run the engine and what is installed of others, and print their figures."""
+    from jobs.enginebench import model, race
+
+    with tempfile.TemporaryDirectory(prefix="quantbatch-bench-") as name:
+        folder = Path(name, "model")
+        parameters = model.write(folder)
+        found = race.race_outside(
+            folder, rows=rows, repetitions=repetitions, threads=threads, only=only
+        )
+    print(json.dumps({"parameters": parameters} | found))
+
+
+@app.command("engine-job")
+def engine_job(rows: int = 512, repetitions: int = 2, kind: str = "continuous") -> None:
+    """A job through Ray against its engine alone, with 1 and 2 threads; then two replicas."""
+    from jobs.enginebench import verdicts
+
+    runs = []
+    for _ in range(repetitions):
+        for threads in (1, 2):
+            runs.append(_in_own_process("run-alone", rows=rows, threads=threads, kind=kind))
+            runs.append(
+                _in_own_process("run-job", rows=rows, replicas=1, threads=threads, kind=kind)
+            )
+        runs.append(_in_own_process("run-job", rows=rows, replicas=2, threads=1, kind=kind))
+    _print({"benchmark": "engine-job", "compared": verdicts.compared(runs), "runs": runs})
+
+
+@app.command("run-job", hidden=True)
+def run_job(rows: int = 512, replicas: int = 1, threads: int = 1, kind: str = "continuous") -> None:
+    """Run one job of the engine in this process and print its figures."""
+    from jobs.enginebench import model, whole
+
+    with tempfile.TemporaryDirectory(prefix="quantbatch-bench-") as name:
+        model.write(Path(name, "model"))
+        found = whole.job(Path(name), rows=rows, kind=kind, replicas=replicas, threads=threads)
+    print(json.dumps(found))
+
+
+@app.command("run-alone", hidden=True)
+def run_alone(rows: int = 512, threads: int = 1, kind: str = "continuous") -> None:
+    """Answer the rows of that job by its engine alone and print the figures."""
+    from jobs.enginebench import model, whole
+
+    with tempfile.TemporaryDirectory(prefix="quantbatch-bench-") as name:
+        model.write(Path(name, "model"))
+        found = whole.alone(Path(name), rows=rows, kind=kind, threads=threads)
+    print(json.dumps(found))
+
+
+def _agree(documents: list[dict[str, Any]]) -> None:
+    """Fail if a contender gave other tokens than the first one where all must be equal."""
+    from jobs.enginebench import verdicts
+
+    wrong = [name for document in documents for name in verdicts.disagreeing(document)]
+    if wrong:
+        sys.exit(f"other answers than the first contender's: {', '.join(wrong)}")
+
+
+def _in_own_process(command: str, **options: int | str) -> dict[str, Any]:
+    """Run a hidden command; what it writes to stderr is shown as it comes."""
     arguments = [f"--{name}={value}" for name, value in options.items()]
     done = subprocess.run(
-        [sys.executable, __file__, command, *arguments], capture_output=True, text=True, check=False
+        [sys.executable, __file__, command, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     if done.returncode:
-        sys.exit(done.stderr)
+        sys.exit(done.returncode)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
