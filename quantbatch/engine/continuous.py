@@ -32,6 +32,9 @@ from quantbatch.engine.backoff import Backoff
 from quantbatch.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
 from quantbatch.engine.ends import Endings
 from quantbatch.engine.forward import Forward
+from quantbatch.engine.graphs import RecordedSteps
+from quantbatch.engine.kvstore import send
+from quantbatch.engine.paged import PagedStore
 from quantbatch.engine.probe import Probe
 from quantbatch.engine.sampling import Sampler
 from quantbatch.engine.scheduler import Limits, Scheduler
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from quantbatch.engine.kvstore import KvStore
     from quantbatch.engine.sampling import Chosen
     from quantbatch.engine.scheduler import Piece, Row
     from quantbatch.engine.telemetry import Totals
@@ -71,6 +75,29 @@ class EngineLimits:
     """Free places to wait for before rows are admitted; see `Scheduler`."""
     share_prefixes: bool = True
     """Whether the common beginning of prompts is computed once."""
+    record_steps: bool = True
+    """Whether steps of single tokens are replayed from CUDA graphs, on a card."""
+
+
+class Readback:
+    """The tokens of a step on their way to the host, without waiting for them."""
+
+    def __init__(self, chosen: Chosen) -> None:
+        both_2B = torch.stack([chosen.tokens_B, chosen.sound_B.long()])
+        self._event: torch.cuda.Event | None = None
+        self._both_2B = both_2B
+        if both_2B.device.type == "cuda":
+            self._both_2B = torch.empty(both_2B.shape, dtype=torch.long, pin_memory=True)
+            self._both_2B.copy_(both_2B, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def wait(self) -> tuple[list[int], list[int]]:
+        """Return the tokens, and whether the scores of each were numbers."""
+        if self._event is not None:
+            self._event.synchronize()
+        tokens, sound = self._both_2B.tolist()
+        return tokens, sound
 
 
 class _Launched(NamedTuple):
@@ -78,6 +105,7 @@ class _Launched(NamedTuple):
 
     rows: list[Row]
     chosen: Chosen
+    readback: Readback
 
 
 class ContinuousEngine:
@@ -115,6 +143,16 @@ class ContinuousEngine:
             block_tokens=limits.block_tokens,
         )
         self._forward = self._make_forward(model)
+        self._overlaps = self._device.type == "cuda"
+        self._last_tokens_S = torch.zeros(
+            max(2, limits.rows) + 1, dtype=torch.long, device=self._device
+        )
+        """The newest token of each place, for steps that are launched before it is read."""
+        self._recorded = (
+            RecordedSteps(self._forward, self._last_tokens_S, limits.rows)
+            if self._device.type == "cuda" and limits.record_steps
+            else None
+        )
         self._sampler = Sampler(slots=limits.rows, endings=self._endings, device=self._device)
         self._backoff = Backoff(Limits(limits.rows, limits.step_tokens))
         self.telemetry = Telemetry(time.perf_counter())
@@ -124,14 +162,10 @@ class ContinuousEngine:
         self._flying: _Launched | None = None
 
     def _make_forward(self, model: PreTrainedModel) -> Forward:
-        limits = self._limits
         before = model.config._attn_implementation
         probe = Probe(model)
-        store = SlotStore(
-            slots=max(2, limits.rows), blocks=self._pool.size, block_tokens=limits.block_tokens
-        )
         try:
-            forward = Forward(model, store)
+            forward = Forward(model, self._make_store())
             blocks = self._pool.allocate(self._pool.available)
             probe.check(forward, blocks)
             self._pool.release(blocks)
@@ -139,6 +173,20 @@ class ContinuousEngine:
             model.set_attn_implementation(before)
             raise
         return forward
+
+    def _make_store(self) -> KvStore:
+        slots = max(2, self._limits.rows)  # the probe has two rows
+        blocks, page = self._pool.size, self._limits.block_tokens
+        if self._device.type == "cpu":
+            return SlotStore(slots=slots, blocks=blocks, block_tokens=page)
+        longest = blocks_for(self._context_tokens or blocks * page, page)
+        return PagedStore(
+            slots=slots,
+            blocks=blocks,
+            row_blocks=min(blocks, longest),
+            device=self._device,
+            block_tokens=page,
+        )
 
     @property
     def totals(self) -> Totals:
@@ -188,9 +236,11 @@ class ContinuousEngine:
         """See `Engine`."""
         began = time.perf_counter()
         totals = self.telemetry.totals
-        self._flying, landing = None, self._launch()
+        landing, self._flying = self._flying, self._launch()
         if landing is not None:
             self._land(landing)
+        if not self._may_fly():
+            self._land_flying()
         finished, self._ready = self._ready, []
         now = time.perf_counter()
         totals.step_s += now - began
@@ -200,6 +250,13 @@ class ContinuousEngine:
         kv_share = self._pool.in_use / self._pool.size
         self.telemetry.stepped(now, kv_share=kv_share, idle=not self.has_work())
         return finished
+
+    def _may_fly(self) -> bool:
+        """Tell whether the next step may be launched before this one's tokens are read."""
+        flying = self._flying
+        return self._overlaps and not (
+            flying and any(r.request.sampling.bad_words for r in flying.rows)
+        )
 
     def _launch(self) -> _Launched | None:
         """Start the next step; None if there is none, or it ran out of memory and was put back."""
@@ -222,29 +279,54 @@ class ContinuousEngine:
         with torch.inference_mode():
             self._enter(pieces)
             began = time.perf_counter()
-            scores = self._forward(pieces, self._tokens(pieces))
+            scores_BV = self._scores(pieces)
             self.telemetry.totals.forward_s += time.perf_counter() - began
             for row, index in self._scheduler.keepable(pieces):
                 self._forward.store.keep(row.slot, index, row.blocks[index])
             rows = [piece.row for piece in pieces if piece.samples]
             # `generated` counts the token that is chosen now.
-            chosen = self._sampler.choose(scores, rows, [row.generated - 1 for row in rows])
-        return _Launched(rows, chosen)
+            chosen = self._sampler.choose(scores_BV, rows, [row.generated - 1 for row in rows])
+            if self._overlaps:
+                self._last_tokens_S.index_copy_(
+                    0, send([row.slot for row in rows], self._device), chosen.tokens_B
+                )
+            return _Launched(rows, chosen, Readback(chosen))
+
+    def _scores(self, pieces: Sequence[Piece]) -> Tensor:
+        if self._recorded is not None and self._recorded.can_run(pieces):
+            scores_BV = self._recorded.run(pieces)
+            if scores_BV is not None:
+                return scores_BV
+        return self._forward(pieces, self._tokens(pieces))
 
     def _enter(self, pieces: Sequence[Piece]) -> None:
         """Prepare the places of rows that were just admitted."""
+        admitted = self._scheduler.admitted
         starts = {piece.row.slot: piece.start for piece in pieces}
-        for row in self._scheduler.admitted:
+        for row in admitted:
             shared = starts[row.slot] // self._limits.block_tokens
             if shared:
                 self._forward.store.use(row.slot, row.blocks[:shared])
             self._sampler.start(row, self._vocabulary)
+        if admitted and self._overlaps:
+            slots = send([row.slot for row in admitted], self._device)
+            newest = send([row.tokens[-1] for row in admitted], self._device)
+            self._last_tokens_S.index_copy_(0, slots, newest)
 
     def _tokens(self, pieces: Sequence[Piece]) -> Tensor:
+        """Return the token ids of a step; those that are not read yet come from the device."""
         ids: list[int] = []
+        unread: list[tuple[int, int]] = []
         for row, start, end, _ in pieces:
             ids += row.tokens[start:end]
-        return torch.tensor(ids, device=self._device)
+            if end > len(row.tokens):
+                unread.append((len(ids), row.slot))
+                ids.append(0)
+        tokens_T = send(ids, self._device)
+        if unread:
+            places, slots = (send(column, self._device) for column in zip(*unread, strict=True))
+            tokens_T[places] = self._last_tokens_S[slots]
+        return tokens_T
 
     def _count(self, pieces: Sequence[Piece]) -> None:
         totals, scheduler = self.telemetry.totals, self._scheduler
@@ -260,11 +342,12 @@ class ContinuousEngine:
 
     def _land(self, launched: _Launched) -> None:
         """Read the tokens of a step and end the rows that are done."""
-        rows, chosen = launched
-        tokens, sound = chosen.tokens_B.tolist(), chosen.sound_B.tolist()
+        tokens, sound = launched.readback.wait()
         self._note_logprobs(launched)
-        for row, token, is_sound in zip(rows, tokens, sound, strict=True):
+        for row, token, is_sound in zip(launched.rows, tokens, sound, strict=True):
             if row.done:
+                self.telemetry.totals.wasted_positions += 1
+                self.telemetry.totals.decode_tokens -= 1
                 continue
             row.tokens.append(token)
             if not is_sound:
@@ -275,6 +358,11 @@ class ContinuousEngine:
                 logprobs = row.logprobs if row.request.sampling.logprobs is not None else None
                 answer = row.tokens[row.prompt_tokens :]
                 self._ready.append(self._endings.completion(row.request, answer, logprobs))
+
+    def _land_flying(self) -> None:
+        landing, self._flying = self._flying, None
+        if landing is not None:
+            self._land(landing)
 
     def _is_done(self, row: Row, token: int) -> bool:
         sampling = row.request.sampling
@@ -299,6 +387,7 @@ class ContinuousEngine:
     def _out_of_memory(self, pieces: Sequence[Piece]) -> None:
         """Put the rows of a step back and make steps smaller; give up a row that fails alone."""
         self.telemetry.totals.out_of_memory += 1
+        self._land_flying()
         tokens = sum(piece.tokens for piece in pieces)
         if not self._backoff.failed(rows=len(pieces), tokens=tokens):
             self._failed = [piece.row for piece in pieces]
@@ -309,7 +398,8 @@ class ContinuousEngine:
 
     def evict(self) -> Sequence[Request]:
         """See `Engine`."""
-        failed, self._failed = self._failed, []
+        self._land_flying()
+        failed, self._failed = [row for row in self._failed if not row.done], []
         for row in failed:
             self._scheduler.remove(row)
         return [row.request for row in failed]

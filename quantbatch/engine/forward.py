@@ -12,11 +12,9 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from quantbatch.engine import attention
 from quantbatch.engine.attention import PassThroughCache, UnsupportedModelError, attending
-from quantbatch.engine.kvstore import Span
+from quantbatch.engine.kvstore import Span, send
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,7 +66,8 @@ class Forward:
             if samples:
                 ends.append(offset - 1)
         self.store.begin(spans)
-        return self.run(tokens_T, torch.tensor(positions), torch.tensor(ends, dtype=torch.long))
+        device = tokens_T.device
+        return self.run(tokens_T, send(positions, device), send(ends, device))
 
     def run(self, tokens_T: Tensor, positions_T: Tensor, ends_B: Tensor) -> Tensor:
         """Run the model with the store as it was prepared."""

@@ -9,10 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
+
+def send(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Copy numbers to a device without waiting for it."""
+    there = torch.tensor(numbers, dtype=torch.long, pin_memory=device.type == "cuda")
+    return there.to(device, non_blocking=True)
 
 
 class Span(NamedTuple):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from quantbatch.engine.forward import Forward
 
 LENGTHS = (23, 9)
-STEPS = (((0, 0, 10), (1, 0, 8)), ((0, 10, 22), (1, 8, 9)), ((0, 22, 23),))
+STEPS = (((0, 0, 10), (1, 0, 8)), ((1, 8, 9), (0, 10, 22)), ((0, 22, 23),))
 """Pieces of each step: row, start, end. Whole prompts, pieces, single tokens, and a mix."""
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """Greatest distance between scores as a share of their size. Kernels of 16-bit types differ by

@@ -71,11 +71,6 @@ class _Settings(NamedTuple):
     most_logprobs: int
 
 
-def needs_history(sampling: Sampling) -> bool:
-    """Tell whether choosing a token needs the ones before it to be known to the host."""
-    return bool(sampling.bad_words)
-
-
 class Sampler:
     """Chooses tokens.
 
@@ -89,7 +84,7 @@ class Sampler:
         self._slots = slots
         self._endings = endings
         self._device = device
-        self._settings: tuple[list[Row], _Settings] | None = None
+        self._settings: tuple[list[tuple[Row, int]], _Settings] | None = None
         self._in_prompt_SV: Tensor | None = None
         self._counts_SV: Tensor | None = None
 
@@ -140,8 +135,9 @@ class Sampler:
             self._counts_SV.index_put_((slots_B, tokens_B), counted, accumulate=True)
 
     def _settings_of(self, rows: Sequence[Row]) -> _Settings:
-        if self._settings is None or self._settings[0] != rows:
-            self._settings = list(rows), self._make_settings(rows)
+        places = [(row, row.slot) for row in rows]
+        if self._settings is None or self._settings[0] != places:
+            self._settings = places, self._make_settings(rows)
         return self._settings[1]
 
     def _make_settings(self, rows: Sequence[Row]) -> _Settings:

@@ -215,8 +215,9 @@ class Scheduler:
     def undo(self, pieces: Iterable[Piece]) -> None:
         """Put back the rows of a step that failed before it chose any token."""
         for piece in pieces:
-            piece.row.length -= piece.samples
-            self.put_back(piece.row)
+            if not piece.row.done:
+                piece.row.length -= piece.samples
+                self.put_back(piece.row)
 
     # ---- a step
 
@@ -233,7 +234,8 @@ class Scheduler:
         pieces += self._of_waiting(limits, budget)
         for piece in pieces:
             self._launched(piece)
-        return pieces
+        # Stores take rows with one token together.
+        return sorted(pieces, key=lambda piece: piece.tokens > 1)
 
     def _launched(self, piece: Piece) -> None:
         row = piece.row

@@ -243,7 +243,7 @@ def test_tuning_may_change(spec: JobSpec, tmp_path: Path) -> None:
         name="renamed",
         cluster={"replicas": 3, "chunks_in_flight": 2},
         limits={"attempts": 7},
-        engine={"kind": "static", "batch_size": 3},
+        engine={"kind": "continuous", "batch_size": 3, "step_tokens": 64},
     )
     assert Ledger.open(changed, "digest").plan is not None
 

@@ -1,0 +1,218 @@
+"""Keys and values on a card: in the pages that the block tables say.
+
+The pool is allocated once, layer by layer at a layer's first use, with one page more than there are
+blocks: what pads a batch of a recorded step writes there. The block tables of all slots stay on the
+card and only what is new of them is sent, so that a recorded step finds them where they always are.
+
+Shapes: N blocks, P tokens of a block, K key-value heads, H query heads, D sizes, S slots, W blocks
+of the longest row, T tokens of the packed sequence, R rows with a single token, I items of queries.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from typing_extensions import override
+
+from quantbatch.engine.attention import attend_one_row
+from quantbatch.engine.blocks import BLOCK_TOKENS
+from quantbatch.engine.kvstore import AttentionOptions, KvStore, Span, send
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from quantbatch.engine.paged_attention import Queries
+
+
+class PagedStore(KvStore):
+    """See `KvStore`.
+
+    Args:
+        slots: Places in the batch; there is one more for padding.
+        blocks: Blocks of the pool.
+        row_blocks: Blocks of the longest row.
+        device: The card.
+        block_tokens: Tokens of a block.
+    """
+
+    def __init__(
+        self,
+        *,
+        slots: int,
+        blocks: int,
+        row_blocks: int,
+        device: torch.device,
+        block_tokens: int = BLOCK_TOKENS,
+    ) -> None:
+        self.padding_slot, self.padding_place = slots, blocks * block_tokens
+        self._device, self._page, self._blocks = device, block_tokens, blocks
+        self._pages: dict[int, tuple[Tensor, Tensor]] = {}
+        self._written: list[list[int]] = [[] for _ in range(slots)]
+        self._table_SW = torch.full(
+            (slots + 1, row_blocks), blocks, dtype=torch.int32, device=device
+        )
+        self._spans: Sequence[Span] = []
+        self._places_T = torch.empty(0, dtype=torch.long, device=device)
+        self._queries: list[Queries] = []
+        self._singles = 0
+        self._has_triton = _has_triton()
+
+    # ---- before a forward
+
+    @override
+    def begin(self, spans: Sequence[Span]) -> None:
+        self.update_tables(spans)
+        self._spans = spans
+        self._places_T = self._send([place for span in spans for place in self._places(span)])
+        self._queries = []
+        self._singles = sum(span.end - span.start == 1 for span in spans)
+        assert all(s.end - s.start == 1 for s in spans[: self._singles]), "singles come first"
+
+    def begin_singles(self, slots_R: Tensor, positions_R: Tensor, places_R: Tensor) -> None:
+        """Prepare for a step of single tokens whose inputs are on the card already."""
+        from quantbatch.engine import paged_attention
+
+        count = slots_R.shape[0]
+        offsets_R = torch.arange(count, device=self._device)
+        ones_R = torch.ones_like(offsets_R)
+        self._spans, self._singles, self._places_T = [], count, places_R
+        self._queries = [
+            paged_attention.Queries(
+                slots_R, offsets_R, positions_R, ones_R, paged_attention.SINGLE_ROWS
+            )
+        ]
+
+    def update_tables(self, spans: Sequence[Span]) -> None:
+        """Send what is new of the block tables of these rows."""
+        slots: list[int] = []
+        columns: list[int] = []
+        blocks: list[int] = []
+        for span in spans:
+            there = self._written[span.slot]
+            if there == span.blocks:
+                continue
+            known = len(there) if there == span.blocks[: len(there)] else 0
+            new = span.blocks[known:]
+            slots += [span.slot] * len(new)
+            columns += range(known, len(span.blocks))
+            blocks += new
+            self._written[span.slot] = list(span.blocks)
+        if slots:
+            at = self._send(slots), self._send(columns)
+            self._table_SW.index_put_(at, self._send(blocks).to(torch.int32))
+
+    def _send(self, numbers: Sequence[int]) -> Tensor:
+        return send(numbers, self._device)
+
+    def place(self, blocks: Sequence[int], token: int) -> int:
+        """Return where a token of a row lies among all places of the pool."""
+        return blocks[token // self._page] * self._page + token % self._page
+
+    def _places(self, span: Span) -> list[int]:
+        return [self.place(span.blocks, token) for token in range(span.start, span.end)]
+
+    # ---- in a forward
+
+    @override
+    def attend(
+        self, layer: int, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, options: AttentionOptions
+    ) -> Tensor:
+        if layer not in self._pages:
+            self._pages[layer] = self._new_pages(k_1KTD), self._new_pages(v_1KTD)
+        pages = self._pages[layer]
+        for pages_NPKD, new_1KTD in zip(pages, (k_1KTD, v_1KTD), strict=True):
+            pages_NPKD.flatten(0, 1).index_copy_(0, self._places_T, new_1KTD[0].transpose(0, 1))
+        if not self._has_triton:
+            return self._gathered(pages, q_1HTD, options)
+        return self._in_triton(pages, q_1HTD[0].transpose(0, 1), options)[None]
+
+    def _new_pages(self, new_1KTD: Tensor) -> Tensor:
+        shape = self._blocks + 1, self._page, new_1KTD.shape[1], new_1KTD.shape[3]
+        # Zeros, because padding reads what was never written, and no number is no number.
+        return torch.zeros(shape, dtype=new_1KTD.dtype, device=self._device)
+
+    def _in_triton(
+        self, pages: tuple[Tensor, Tensor], q_THD: Tensor, options: AttentionOptions
+    ) -> Tensor:
+        from quantbatch.engine import paged_attention
+
+        if not self._queries:
+            self._queries = self._make_queries(q_THD.shape[1] // pages[0].shape[2])
+        q_THD = q_THD if q_THD.stride(2) == 1 else q_THD.contiguous()
+        shape = *q_THD.shape[:2], pages[1].shape[3]
+        out_THD = torch.empty(shape, dtype=q_THD.dtype, device=q_THD.device)
+        for queries in self._queries:
+            paged_attention.attend(q_THD, pages, self._table_SW, queries, options, out_THD)
+        return out_THD
+
+    def _make_queries(self, groups: int) -> list[Queries]:
+        """Divide the queries of a step among programs: single tokens, and pieces of prompts."""
+        from quantbatch.engine.paged_attention import PROMPT_ROWS, SINGLE_ROWS
+
+        singles, prompts = self._spans[: self._singles], self._spans[self._singles :]
+        return [
+            self._queries_of(spans, max(1, rows // groups), rows)
+            for spans, rows in ((singles, SINGLE_ROWS), (prompts, PROMPT_ROWS))
+            if spans
+        ]
+
+    def _queries_of(self, spans: Sequence[Span], at_once: int, rows: int) -> Queries:
+        from quantbatch.engine.paged_attention import Queries
+
+        items = [
+            (
+                span.slot,
+                span.offset + first,
+                span.start + first,
+                min(at_once, span.end - span.start - first),
+            )
+            for span in spans
+            for first in range(0, span.end - span.start, at_once)
+        ]
+        sent = self._send([number for column in zip(*items, strict=True) for number in column])
+        slots_I, offsets_I, positions_I, counts_I = sent.view(4, -1)
+        return Queries(slots_I, offsets_I, positions_I, counts_I, rows)
+
+    def _gathered(
+        self, pages: tuple[Tensor, Tensor], q_1HTD: Tensor, options: AttentionOptions
+    ) -> Tensor:
+        """Attend without Triton: row by row, over a copy of its pages."""
+        outputs = []
+        for slot, start, end, offset, blocks in self._spans:
+            table = self._table_SW[slot, : len(blocks)].long()
+            k_1KLD, v_1KLD = (
+                pages_NPKD[table].flatten(0, 1)[None, :end].transpose(1, 2) for pages_NPKD in pages
+            )
+            q_1HQD = q_1HTD[:, :, offset : offset + end - start]
+            outputs.append(attend_one_row(q_1HQD, k_1KLD, v_1KLD, options).transpose(1, 2))
+        return torch.cat(outputs, dim=1)
+
+    # ---- shared blocks are where they are
+
+    @override
+    def keep(self, slot: int, index: int, block: int) -> None:
+        pass
+
+    @override
+    def use(self, slot: int, blocks: Sequence[int]) -> None:
+        pass
+
+    @property
+    @override
+    def bytes_per_token(self) -> int:
+        return sum(
+            x.shape[2] * x.shape[3] * x.element_size()
+            for pair in self._pages.values()
+            for x in pair
+        )
+
+
+def _has_triton() -> bool:
+    try:
+        from quantbatch.engine import paged_attention  # noqa: F401
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
