@@ -209,7 +209,8 @@ class Scheduler:
         self.running.remove(row)
         self.pool.release(row.blocks)
         self._free_slots.append(row.slot)
-        self._coming.difference_update(row.digests[row.computed // self._block_tokens :])
+        # All of them: what a failed step computed was never kept, and never comes.
+        self._coming.difference_update(row.digests)
         row.slot, row.blocks, row.computed = -1, [], 0
 
     def undo(self, pieces: Iterable[Piece]) -> None:
