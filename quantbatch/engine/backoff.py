@@ -1,10 +1,10 @@
 """What to do when a step runs out of memory: smaller steps, and carefully larger ones again.
 
-A pure state machine. A step with prompts in it that failed had too many tokens, one without too
-many rows; the next may have half of them. When there is nothing left to halve, the one row in it is
-at fault and fails alone. After a
-number of good steps the limits grow by an eighth; each further failure makes that number larger,
-so that a limit found by failing is not tried again and again (as TCP does after a loss).
+A pure state machine. A step with prompts in it that failed had too many tokens, one without (or
+with the fewest tokens) too many rows; the next may have half of them. When there is nothing left to
+halve, the one row in it is at fault and fails alone, and the limits are what they were at first.
+After a number of good steps the limits grow by an eighth; each further failure makes that number
+larger, so that a limit found by failing is not tried again and again (as TCP does after a loss).
 """
 
 from __future__ import annotations
@@ -57,9 +57,11 @@ class Backoff:
         self._good_steps = 0
         self._patience = min(2 * self._patience, MOST_GOOD_STEPS)
         if rows <= 1 and tokens <= SMALLEST_STEP_TOKENS:
+            # It was in all the steps that failed before this one: others need not be smaller.
+            self.limits, self._patience = self._most, GOOD_STEPS
             return False
         fewer_rows, fewer_tokens = self.limits
-        if tokens > rows:
+        if tokens > max(rows, SMALLEST_STEP_TOKENS):
             fewer_tokens = max(SMALLEST_STEP_TOKENS, min(fewer_tokens, tokens) // 2)
         else:
             fewer_rows = max(1, min(fewer_rows, rows) // 2)
