@@ -39,7 +39,7 @@ NAME = "quantbatch_packed"
 """Under which transformers knows the attention function."""
 PASSED_AND_UNUSED = frozenset(
     {"dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "cache_position",
-     "output_hidden_states", "past_key_values", "position_embeddings"}
+     "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings"}
 )  # fmt: skip
 """Arguments of attention functions that change nothing in inference over a packed sequence."""
 

@@ -166,9 +166,7 @@ class ContinuousEngine:
         probe = Probe(model)
         try:
             forward = Forward(model, self._make_store())
-            blocks = self._pool.allocate(self._pool.available)
-            probe.check(forward, blocks)
-            self._pool.release(blocks)
+            probe.check(forward, self._pool, self._limits.block_tokens)
         except attention.UnsupportedModelError:
             model.set_attn_implementation(before)
             raise

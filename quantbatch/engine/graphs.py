@@ -42,6 +42,8 @@ class _Recorded(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs_3R: Tensor
     """Slots, positions and places in the pool."""
+    ends_R: Tensor
+    """Kept, because the graph reads it where it is."""
     scores_RV: Tensor
 
 
@@ -111,7 +113,7 @@ class RecordedSteps:
             self._usable = False
             logger.warning("steps can't be recorded and run slower: %s", error)
             return False
-        self._recorded[size] = _Recorded(graph, inputs_3R, scores_RV)
+        self._recorded[size] = _Recorded(graph, inputs_3R, ends_R, scores_RV)
         return True
 
     def _step(self, inputs_3R: Tensor, ends_R: Tensor) -> Tensor:

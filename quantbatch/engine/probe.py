@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantbatch.engine.attention import UnsupportedModelError
+from quantbatch.engine.blocks import blocks_for
 from quantbatch.engine.scheduler import Piece, Row
 from quantbatch.records import Request, RequestId
 from quantbatch.spec import Sampling
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from quantbatch.engine.blocks import BlockPool
     from quantbatch.engine.forward import Forward
 
 LENGTHS = (23, 9)
@@ -53,18 +55,21 @@ class Probe:
                 for ids in self._ids
             ]
 
-    def check(self, forward: Forward, blocks: Sequence[int]) -> None:
+    def check(self, forward: Forward, pool: BlockPool, block_tokens: int) -> None:
         """Compare.
 
         Args:
             forward: The packed forward.
-            blocks: Blocks that the two rows may use, half of them each.
+            pool: Blocks for the two rows; they are given back.
+            block_tokens: Tokens of a block.
 
         Raises:
             UnsupportedModelError: The scores differ, or the model needs what there is not.
         """
-        half = len(blocks) // 2
-        rows = [_row(0, self._ids[0], blocks[:half]), _row(1, self._ids[1], blocks[half:])]
+        rows = [
+            _row(slot, ids, pool.allocate(min(pool.available, blocks_for(len(ids), block_tokens))))
+            for slot, ids in enumerate(self._ids)
+        ]
         try:
             distances = [self._distance(forward, rows, step) for step in STEPS]
         except UnsupportedModelError:
@@ -73,6 +78,9 @@ class Probe:
             raise
         except Exception as error:  # whatever a model does with a cache that is none of its own
             raise UnsupportedModelError(f"{type(error).__name__}: {error}") from error
+        finally:
+            for row in rows:
+                pool.release(row.blocks)
         close = CLOSE.get(self._plain[0].dtype if _is_float32(forward.model) else torch.bfloat16, 0)
         if not max(distances) <= close:
             raise UnsupportedModelError(
