@@ -1,7 +1,7 @@
 """The plain engine: the same answers in any company, cut where they end.
 
-Two models: a random one, whose answers depend on everything before them, and a `chain`, a Llama
-whose weights are made by hand so that each token has one successor: after "a" it says "bcdef...".
+Two models: a random one, whose answers depend on everything before them, and a `chain`, which says
+"bcdef..." after "a".
 """
 
 from __future__ import annotations
@@ -16,17 +16,29 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from quantbatch.engine import static
 from quantbatch.engine.ends import Cut, Endings, find_stop
 from quantbatch.engine.noise import gumbel_noise
 from quantbatch.engine.static import StaticEngine
-from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.records import Answer, Completion, Failure, FinishReason, Request, RequestId
-from quantbatch.spec import Model, Sampling
-from quantbatch.weights.bnb import load
-from tests.integration.llama import make_llama, make_model
+from quantbatch.spec import Sampling
+from tests.integration.llama import (
+    END,
+    HIDDEN,
+    OPTIONS,
+    SEEDS,
+    VOCABULARY,
+    A,
+    chain,
+    loaded,
+    make_chain,
+    make_llama,
+    make_model,
+    make_tokenizer,
+    random_prompts,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,21 +46,11 @@ if TYPE_CHECKING:
 hf: Any = transformers
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
-END, PAD, HIDDEN = "<|end|>", "<|pad|>", "<|hidden|>"
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-VOCABULARY = 320
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """One token a byte, and special tokens."""
-    vocabulary = {END: 0, PAD: 1, HIDDEN: 2} | {c: i for i, c in enumerate(ALPHABET, start=3)}
-    backend = Tokenizer(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    made = hf.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=PAD)
-    made.add_special_tokens({"additional_special_tokens": [HIDDEN]})
-    return made
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -65,37 +67,7 @@ def random_model(random_folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def chain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llama(
-        tmp_path_factory.mktemp("chain"), dtype=torch.float32, hidden_size=VOCABULARY,
-        vocab_size=VOCABULARY, num_hidden_layers=1, intermediate_size=64, eos_token_id=0,
-    )  # fmt: skip
-
-
-def loaded(folder: Path) -> Any:
-    model = Model(id=str(folder), bits=32)
-    return load(open_checkpoint(model), model, "cpu").model
-
-
-def chain(folder: Path, tokenizer: Any, text: str) -> Any:
-    """A model that goes through the tokens of a text in a circle.
-
-    The residual stream is the token itself, layers add nothing, the head looks up the successor.
-    """
-    model = loaded(folder)
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    assert len(set(ids)) == len(ids), "each token has one successor"
-    layer = model.model.layers[0]
-    with torch.no_grad():
-        for weight in (
-            layer.self_attn.o_proj.weight,
-            layer.mlp.down_proj.weight,
-            model.lm_head.weight,
-        ):
-            weight.zero_()
-        model.model.embed_tokens.weight.copy_(torch.eye(VOCABULARY))
-        for token, successor in zip(ids, [*ids[1:], ids[0]], strict=True):
-            model.lm_head.weight[successor, token] = 1.0
-    return model
+    return make_chain(tmp_path_factory.mktemp("chain"))
 
 
 def ask(
@@ -129,14 +101,6 @@ def run(engine: StaticEngine, requests: Sequence[Request]) -> list[Answer]:
     while engine.has_work():
         found += engine.step()
     return found
-
-
-def random_prompts(count: int = 13) -> list[list[int]]:
-    random = torch.Generator().manual_seed(5)
-    return [
-        torch.randint(3, VOCABULARY, (1 + (7 * i) % 40,), generator=random).tolist()
-        for i in range(count)
-    ]
 
 
 # ---- every option against its definition
@@ -207,33 +171,6 @@ def most_of(ranked: list[int], scores: list[float], share: float) -> list[int]:
     weights = [math.exp(scores[i] - scores[ranked[0]]) for i in ranked]
     before = [sum(weights[:at]) / sum(weights) for at in range(len(ranked))]
     return [i for i, above in zip(ranked, before, strict=True) if above < share or share == 1]
-
-
-A, B = (3 + ALPHABET.index(letter) for letter in "ab")
-FAVOURED = {A: 9.0, B: 9.0}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "logit_bias": {"logit_bias": {A: 3.5, 40: -100.0}},
-    "repetition_penalty": {"repetition_penalty": 1.4},
-    "presence_penalty": {"presence_penalty": 2.0},
-    "presence_reward": {"presence_penalty": -2.0},
-    "frequency_penalty": {"frequency_penalty": 0.9},
-    "frequency_reward": {"frequency_penalty": -0.9},
-    "bad_words": {"logit_bias": FAVOURED, "bad_words": ["aa", "bab", "b\u20ac"]},
-    "one bad letter": {"logit_bias": FAVOURED, "bad_words": ["a"]},
-    "stop_token_ids": {"logit_bias": {A: 3.0}, "stop_token_ids": [A, 90]},
-    "min_new_tokens": {"logit_bias": FAVOURED, "stop_token_ids": [A], "min_new_tokens": 7},
-    "minimum before the end": {"logit_bias": {0: 20.0}, "min_new_tokens": 4},
-    "temperature": {"temperature": 0.8},
-    "top_k": {"temperature": 1.5, "top_k": 5},
-    "top_p": {"temperature": 1.5, "top_p": 0.6},
-    "min_p": {"temperature": 1.5, "min_p": 0.2},
-    "all": {
-        "temperature": 1.3, "top_k": 60, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.1,
-        "presence_penalty": 0.9, "frequency_penalty": 0.6, "logit_bias": {A: 7.0, B: 5.0, 50: -9.0},
-        "bad_words": ["aa", "ba"], "stop_token_ids": [B, 61], "min_new_tokens": 3,
-    },
-}  # fmt: skip
-SEEDS = [(i * 0x9E3779B97F4A7C15) % 2**63 for i in range(1, 14)]
 
 
 @pytest.mark.parametrize("option", OPTIONS)
