@@ -21,6 +21,7 @@ before the last one's tokens have been read.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import Counter
 from dataclasses import dataclass, field
@@ -258,10 +259,24 @@ class Scheduler:
                 continue
             # A prompt leaves each row behind it the one token that it needs to go on.
             behind = max(0, len(self.running) - place - 1)
-            end = min(row.length, row.computed + max(1, budget - behind))
+            end = self._piece_end(row, max(1, budget - behind))
             if self._take_blocks(row, end):
                 budget -= end - row.computed
                 yield Piece(row, row.computed, end, end == row.length)
+
+    def _piece_end(self, row: Row, budget: int) -> int:
+        """Return where a row's next piece ends: before tokens that fewer waiting rows have, too.
+
+        Were they not finite, they would spoil what others share: attention gives them the weight 0
+        in what comes before them, and 0 times NaN is NaN.
+        """
+        end = min(row.length, row.computed + budget)
+        first, page = row.computed // self._block_tokens, self._block_tokens
+        wanted = [self._wanted[digest] for digest in row.digests[first : end // page + 1]]
+        for block, (by_now, by_next) in enumerate(itertools.pairwise([*wanted, 0]), start=first):
+            if by_now > by_next:
+                return min(end, (block + 1) * page)
+        return end
 
     def _take_blocks(self, row: Row, tokens: int) -> bool:
         """Give a row blocks for its first `tokens` tokens, putting younger rows back if need be."""
@@ -293,7 +308,7 @@ class Scheduler:
                 self._waiting.append(row)
                 break
             self._admit(row)
-            end = min(row.length, row.computed + budget)
+            end = self._piece_end(row, budget)
             taken = self._take_blocks(row, end)
             assert taken, "a row was admitted without room for its prompt"
             budget -= end - row.computed

@@ -410,15 +410,32 @@ def test_rows_with_one_beginning_compute_it_once() -> None:
     prefix = list(range(100, 109))
     scheduler.add(requests([*prefix, 1, 1], [*prefix, 2], [*prefix, 3], [5] * 3), None)
     first = scheduler.next_step(PLENTY)
-    assert shapes(first) == [(0, 0, 11), (3, 0, 3)], "the others wait for its blocks"
+    assert shapes(first) == [(0, 0, 8), (3, 0, 3)], "the others wait for its blocks"
     land(scheduler, first)
     assert sorted(shapes(scheduler.next_step(PLENTY))) == [
-        (0, 11, 12), (1, 8, 10), (2, 8, 10), (3, 3, 4),
+        (0, 8, 11), (1, 8, 10), (2, 8, 10), (3, 3, 4),
     ]  # fmt: skip
     assert scheduler.reused_tokens == 16
     tables = [row.blocks for row in scheduler.running]
     scheduler.pool.check(tables)
     assert tables[0][:2] == tables[2][:2] == tables[3][:2]
+
+
+def test_a_piece_has_no_token_that_fewer_rows_share() -> None:
+    """Else one that is not finite would spoil the others' blocks."""
+    scheduler = scheduler_of()
+    prompts = [[0] * 8 + [1] * 8 + [row] * 5 for row in (1, 2)] + [
+        [0] * 8 + [row] for row in (3, 4)
+    ]
+    scheduler.add(requests(*prompts), None)
+    seen = []
+    while scheduler.has_rows:
+        pieces = scheduler.next_step(PLENTY)
+        seen.append([(p.start, p.end) for p in pieces if p.tokens > 1])
+        land(scheduler, pieces)
+    # One row computes for all; then for the other long one, beside the short ones; then its own.
+    assert seen[:3] == [[(0, 8)], [(8, 16)], [(16, 21), (16, 21)]]
+    assert scheduler.reused_tokens == 16 + 2 * 8
 
 
 @pytest.mark.parametrize("fate", ["undo", "remove", "put_back"])
@@ -433,7 +450,6 @@ def test_nobody_waits_for_blocks_that_will_not_come(fate: str) -> None:
     elif fate == "remove":
         scheduler.remove(piece.row)
     else:
-        piece.row.tokens.append(7)  # the step succeeded, its blocks were not kept
         scheduler.put_back(piece.row)
     assert scheduler.next_step(PLENTY), "all wait for each other"
 
