@@ -39,6 +39,10 @@ _SETTINGS: dict[str, Any] = {
     "print_on_execution_start": False,
     "enable_auto_log_stats": False,
 }
+ROWS_IN_FLIGHT = 1024
+"""Rows that a replica should have: four times the largest batch, so that it never runs dry while
+a chunk travels."""
+MOST_CHUNKS_IN_FLIGHT = 16
 READER_CPUS = 0.5
 LIGHT_TASK_CPUS = 1.0
 """CPU cores that readers need beside replicas on CPUs; at least one reader must have room."""
@@ -212,7 +216,23 @@ def _restarts(spec: JobSpec) -> dict[str, Any]:
     return {"max_restarts": -1, "max_task_retries": spec.limits.attempts - 1}
 
 
-def replica_options(spec: JobSpec, device: str) -> dict[str, Any]:
+def chunks_in_flight(cluster: Cluster, *, chunks: int, rows: int) -> int:
+    """Return how many chunks a replica works on at once.
+
+    Args:
+        cluster: What the spec says.
+        chunks: How many there are to do.
+        rows: Rows of all of them.
+    """
+    if cluster.chunks_in_flight != "auto":
+        return cluster.chunks_in_flight
+    replicas = cluster.replicas if isinstance(cluster.replicas, int) else cluster.replicas.max
+    holding_enough = math.ceil(ROWS_IN_FLIGHT * chunks / max(rows, 1))
+    half_a_share = math.ceil(chunks / replicas) // 2
+    return max(2, min(holding_enough, half_a_share, MOST_CHUNKS_IN_FLIGHT))
+
+
+def replica_options(spec: JobSpec, device: str, in_flight: int) -> dict[str, Any]:
     """Return the arguments of `map_batches` for the pool of replicas."""
     cluster = spec.cluster
     on_gpu = device == "cuda"
@@ -232,8 +252,8 @@ def replica_options(spec: JobSpec, device: str) -> dict[str, Any]:
         "num_cpus": 0 if on_gpu else cluster.cpus_per_replica,
         "compute": ActorPoolStrategy(
             **size,
-            max_tasks_in_flight_per_actor=cluster.chunks_in_flight,
-            max_concurrent_calls_per_actor=cluster.chunks_in_flight,
+            max_tasks_in_flight_per_actor=in_flight,
+            max_concurrent_calls_per_actor=in_flight,
         ),
         **_restarts(spec),
     }

@@ -98,6 +98,8 @@ def _receipts(job: Job, figures: RunFigures, progress: Progress) -> Generator[Re
 
 def _dataset(job: Job, items: list[dict[str, str]], device: str) -> ray.data.Dataset:
     """Describe the way of a chunk: read and rendered, answered, committed."""
+    rows = job.plan.rows - job.ledger.counts.rows
+    in_flight = cluster.chunks_in_flight(job.spec.cluster, chunks=len(items), rows=rows)
     return (
         ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
         .map_batches(
@@ -108,7 +110,7 @@ def _dataset(job: Job, items: list[dict[str, str]], device: str) -> ray.data.Dat
         .map_batches(
             Replica,
             fn_constructor_args=[job.replica_job(device)],
-            **cluster.replica_options(job.spec, device),
+            **cluster.replica_options(job.spec, device, in_flight),
         )
         .map_batches(
             stages.Committer,

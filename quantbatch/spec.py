@@ -367,8 +367,12 @@ class Cluster(Section):
     address: str | None = Field(None, json_schema_extra=TUNING)
     """Ray cluster to join; null: the one that RAY_ADDRESS or the surrounding Ray job names, else
     one started on this machine for the run."""
-    chunks_in_flight: Annotated[int, Field(ge=1)] = Field(4, json_schema_extra=TUNING)
-    """Chunks that a replica works on at once, so that its batch stays full across their ends."""
+    chunks_in_flight: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", json_schema_extra=TUNING
+    )
+    """Chunks that a replica works on at once, so that its batch stays full across their ends;
+    `auto` is as many as hold 1,024 rows, and at most half of a replica's share of the job, so that
+    the last chunks go to whichever replica is free."""
 
 
 class Output(Section):

@@ -176,7 +176,7 @@ class ContinuousEngine:
         slots = max(2, self._limits.rows)  # the probe has two rows
         blocks, page = self._pool.size, self._limits.block_tokens
         if self._device.type == "cpu":
-            return SlotStore(slots=slots, blocks=blocks, block_tokens=page)
+            return SlotStore(slots=slots, block_tokens=page)
         longest = blocks_for(self._context_tokens or blocks * page, page)
         return PagedStore(
             slots=slots,

@@ -49,8 +49,8 @@ class Queries(NamedTuple):
     """`SINGLE_ROWS` or `PROMPT_ROWS`."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _attend(
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, table_ptr,
     slots_ptr, offsets_ptr, positions_ptr, counts_ptr,
     scale, softcap, window, table_stride, q_token, q_head, out_token, out_head, out_split,

@@ -11,7 +11,7 @@ Slots are as long as the longest row so far; what was never written takes no mem
 gives pages at their first use.
 
 Shapes: S slots, K key-value heads, L tokens of a slot, D sizes of a head, T tokens of the step,
-N blocks of the pool, P tokens of a block.
+P tokens of a block.
 """
 
 from __future__ import annotations
@@ -37,15 +37,13 @@ GROWTH_TOKENS = 256
 class _Layer:
     """Keys and values of one layer."""
 
-    def __init__(self, k_1KTD: Tensor, v_1KTD: Tensor, slots: int, blocks: int, page: int) -> None:
+    def __init__(self, k_1KTD: Tensor, v_1KTD: Tensor, slots: int, page: int) -> None:
         self._page = page
         self.tensors = [
             torch.empty(slots, x.shape[1], 0, x.shape[3], dtype=x.dtype) for x in (k_1KTD, v_1KTD)
         ]
-        self.kept = [
-            torch.empty(blocks, x.shape[1], page, x.shape[3], dtype=x.dtype)
-            for x in (k_1KTD, v_1KTD)
-        ]
+        self._kept: dict[int, list[Tensor]] = {}
+        """Keys and values (K, P, D) of kept blocks."""
 
     def grow(self, tokens: int) -> None:
         self.tensors = [self._grown(old_SKLD, tokens) for old_SKLD in self.tensors]
@@ -58,13 +56,12 @@ class _Layer:
 
     def keep(self, slot: int, index: int, block: int) -> None:
         place = slice(index * self._page, (index + 1) * self._page)
-        for slots_SKLD, kept_NKPD in zip(self.tensors, self.kept, strict=True):
-            kept_NKPD[block] = slots_SKLD[slot, :, place]
+        self._kept[block] = [slots_SKLD[slot, :, place].clone() for slots_SKLD in self.tensors]
 
-    def use(self, slot: int, blocks: Tensor) -> None:
-        for slots_SKLD, kept_NKPD in zip(self.tensors, self.kept, strict=True):
-            found = kept_NKPD[blocks].transpose(0, 1)
-            slots_SKLD[slot, :, : found.shape[1] * self._page] = found.flatten(1, 2)
+    def use(self, slot: int, blocks: Sequence[int]) -> None:
+        found = zip(*(self._kept[block] for block in blocks), strict=True)
+        for slots_SKLD, pages_KPD in zip(self.tensors, found, strict=True):
+            slots_SKLD[slot, :, : len(blocks) * self._page] = torch.cat(pages_KPD, dim=1)
 
 
 class SlotStore(KvStore):
@@ -72,12 +69,11 @@ class SlotStore(KvStore):
 
     Args:
         slots: Places in the batch.
-        blocks: Blocks of the pool.
         block_tokens: Tokens of a block.
     """
 
-    def __init__(self, *, slots: int, blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
-        self._slots, self._blocks, self._page = slots, blocks, block_tokens
+    def __init__(self, *, slots: int, block_tokens: int = BLOCK_TOKENS) -> None:
+        self._slots, self._page = slots, block_tokens
         self._layers: dict[int, _Layer] = {}
         self._spans: Sequence[Span] = []
         self._singles = torch.empty(0, dtype=torch.long)
@@ -104,7 +100,7 @@ class SlotStore(KvStore):
         self, layer: int, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, options: AttentionOptions
     ) -> Tensor:
         if layer not in self._layers:
-            self._layers[layer] = _Layer(k_1KTD, v_1KTD, self._slots, self._blocks, self._page)
+            self._layers[layer] = _Layer(k_1KTD, v_1KTD, self._slots, self._page)
             self._layers[layer].grow(self._tokens)
         keys_SKLD, values_SKLD = self._layers[layer].tensors
         self._write(keys_SKLD, k_1KTD)
@@ -136,9 +132,8 @@ class SlotStore(KvStore):
     @override
     def use(self, slot: int, blocks: Sequence[int]) -> None:
         self._reserve(len(blocks) * self._page)
-        chosen = torch.tensor(blocks)
         for layer in self._layers.values():
-            layer.use(slot, chosen)
+            layer.use(slot, blocks)
 
     @property
     @override
