@@ -692,6 +692,24 @@ def test_a_row_that_always_fails_fails_alone(
         assert engine.totals.out_of_memory > 0
 
 
+@pytest.mark.xfail(reason="evict gives nothing back, and Runner takes that for our mistake")
+@pytest.mark.parametrize("error", [OOM, ValueError("poison")], ids=["memory", "any"])
+def test_a_step_that_only_a_finished_row_took_may_fail(
+    chain_folder: Path, tokenizer: Any, error: Exception
+) -> None:
+    """Read late, a row takes one step after its end; nobody needs that step."""
+    model = chain(chain_folder, tokenizer, f"abc{END}d")
+    request = Request(RequestId(0, 0), tuple(tokenizer.encode("a")), Sampling(max_new_tokens=9), 0)
+    engine: Any = engine_of(Pair(model, model), tokenizer, late=True)
+    engine._forward = Breakable(engine, error, lambda pieces: pieces[0].end == 4)
+    try:
+        found = run(engine, [request])
+    except Exception:  # noqa: BLE001
+        assert engine.evict(), "a failed step had rows"
+        found = run(engine)
+    assert completed(found[request.id]).text == "bc"
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_a_row_does_not_depend_on_what_its_neighbours_say(
     llama: Pair, tokenizer: Any, late: bool
