@@ -5,11 +5,11 @@ limits, the order and the company.
 from __future__ import annotations
 
 import random
-import resource
 import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -793,9 +793,9 @@ def many(count: int) -> Iterable[Request]:
         yield Request(RequestId(row // 500, row), prompt, chance.choice(samplings), row)
 
 
-@pytest.mark.parametrize("count", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
-@pytest.mark.timeout(900)
-def test_many_requests_leave_nothing_behind(tmp_path: Path, tokenizer: Any, count: int) -> None:
+@pytest.mark.timeout(600)
+def test_many_requests_leave_nothing_behind(tmp_path: Path, tokenizer: Any) -> None:
+    count = 100_000
     made = make_llama(
         tmp_path, dtype=torch.float32, num_hidden_layers=1, hidden_size=32, intermediate_size=32,
         num_attention_heads=2, num_key_value_heads=1, **BIG,
@@ -819,13 +819,12 @@ def test_many_requests_leave_nothing_behind(tmp_path: Path, tokenizer: Any, coun
             answered += 1
             assert isinstance(answer, Completion)
         if not halfway_mib and answered > count // 2:
-            halfway_mib = resource_mib()
+            halfway_mib = resident_mib()
     assert answered == sum(seen) == count
-    assert resource_mib() - halfway_mib < 16
+    assert resident_mib() - halfway_mib < 16
     check_empty(engine)
     assert engine.totals.finished == count
 
 
-def resource_mib() -> float:
-    """The most memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def resident_mib() -> float:
+    return float(psutil.Process().memory_info().rss) / 2**20
