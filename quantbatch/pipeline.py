@@ -181,7 +181,7 @@ def _report(job: Job, figures: RunFigures, *, nothing_to_do: bool = False) -> Ru
         run=figures,
     )
     if not nothing_to_do:
-        ledger.summarize(report.to_json())
+        ledger.summarize(report.to_json() | {"timeline": figures.timeline_json()})
     return report
 
 

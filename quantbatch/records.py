@@ -210,6 +210,27 @@ class EngineSecond(NamedTuple):
     preemptions: int
     out_of_memory: int
 
+    def joined(self, later: EngineSecond) -> EngineSecond:
+        """Return this and the one that follows it as one."""
+        steps = self.steps + later.steps
+
+        def mean(name: str) -> float:
+            both: float = getattr(self, name) * self.steps + getattr(later, name) * later.steps
+            return round(both / max(1, steps), 4)
+
+        return EngineSecond(
+            at_s=later.at_s,
+            steps=steps,
+            step_ms=mean("step_ms"),
+            rows=mean("rows"),
+            kv_share=max(self.kv_share, later.kv_share),
+            prefill_tokens=self.prefill_tokens + later.prefill_tokens,
+            decode_tokens=self.decode_tokens + later.decode_tokens,
+            useful_share=mean("useful_share"),
+            preemptions=self.preemptions + later.preemptions,
+            out_of_memory=self.out_of_memory + later.out_of_memory,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class EngineProgress:

@@ -12,7 +12,11 @@ from quantbatch.records import Counts
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from quantbatch.records import Receipt, ReplicaStats
+    from quantbatch.records import EngineSecond, Receipt, ReplicaStats
+
+
+TIMELINE_POINTS = 300
+"""Points of a replica's timeline in a report: a point a second for five minutes, then fewer."""
 
 
 class Outcome(StrEnum):
@@ -77,6 +81,8 @@ class RunFigures:
     total_s: float | None = None
     replicas: dict[str, ReplicaStats] = field(default_factory=dict)
     """The latest figures of each replica."""
+    timeline: dict[str, list[EngineSecond]] = field(default_factory=dict)
+    """What each replica's engine did, second by second; thinned out as a run gets long."""
     _started: float = field(default_factory=time.monotonic, repr=False)
 
     @property
@@ -90,8 +96,11 @@ class RunFigures:
         self.last_commit_s = self.elapsed_s
         if self.first_commit_s is None:
             self.first_commit_s = self.last_commit_s
-        if receipt.replica.replica:
-            self.replicas[receipt.replica.replica] = receipt.replica
+        name = receipt.replica.replica
+        if name:
+            self.replicas[name] = receipt.replica
+            seconds = self.timeline.get(name, []) + list(receipt.replica.engine.seconds)
+            self.timeline[name] = thinned(seconds, TIMELINE_POINTS)
 
     @property
     def rows_per_s(self) -> float:
@@ -113,6 +122,19 @@ class RunFigures:
         """Largest memory that a replica's model and work took."""
         return max((stats.peak_bytes for stats in self.replicas.values()), default=0)
 
+    @property
+    def engine(self) -> dict[str, float]:
+        """What the engines of all replicas did together; empty for an engine that does not tell."""
+        found: dict[str, float] = {}
+        for stats in self.replicas.values():
+            for name, value in stats.engine.totals.items():
+                found[name] = found.get(name, 0) + value
+        if found.get("steps"):
+            wasted, positions = found["wasted_positions"], max(found["positions"], 1)
+            found["mean_rows"] = round(found["rows"] / found["steps"], 1)
+            found["useful_share"] = round(1 - wasted / positions, 4)
+        return found
+
     def _per_s(self, amount: int) -> float:
         began = self.cluster_s or 0.0
         ended = self.last_commit_s or began
@@ -132,7 +154,23 @@ class RunFigures:
             "peak_bytes": self.peak_bytes,
             "replicas": len(self.replicas),
             "devices": sorted({stats.device for stats in self.replicas.values()}),
+            "engine": self.engine,
         }
+
+    def timeline_json(self) -> dict[str, list[dict[str, float]]]:
+        """Return the timelines as JSON types; long, so not part of what is printed."""
+        return {
+            name: [second._asdict() for second in seconds]
+            for name, seconds in self.timeline.items()
+        }
+
+
+def thinned(seconds: list[EngineSecond], most: int) -> list[EngineSecond]:
+    """Join neighbours, two by two, until there are few enough."""
+    while len(seconds) > most:
+        pairs = zip(seconds[::2], seconds[1::2], strict=False)
+        seconds = [a.joined(b) for a, b in pairs] + seconds[len(seconds) // 2 * 2 :]
+    return seconds
 
 
 def _rounded(value: float | None) -> float | None:

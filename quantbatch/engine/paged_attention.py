@@ -49,7 +49,7 @@ class Queries(NamedTuple):
     """`SINGLE_ROWS` or `PROMPT_ROWS`."""
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, table_ptr,
     slots_ptr, offsets_ptr, positions_ptr, counts_ptr,

@@ -110,4 +110,4 @@ def _row(slot: int, ids: Tensor, blocks: Sequence[int]) -> Row:
     prompt = tuple(ids.tolist())
     request = Request(RequestId(-1, slot), prompt, Sampling(max_new_tokens=1), 0)
     limit = len(prompt) + 1
-    return Row(request, (0, 0), list(prompt), limit, limit, blocks=list(blocks), slot=slot)
+    return Row(request, (0, 0, 0), list(prompt), limit, limit, blocks=list(blocks), slot=slot)

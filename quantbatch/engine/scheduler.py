@@ -5,10 +5,11 @@ pieces, each some consecutive tokens of one row; a running row that has only its
 compute is a piece of one. Prompts and running rows share a step, so the weights (and their
 dequantization) are paid once for both, up to a budget of tokens that bounds the memory of a step.
 
-Order. Rows are admitted in the order of `add`, the longest first among those that came together:
-the rows that take longest should not begin last. A row is never passed over for want of room, so
-none starves; it is passed over for a moment when its prompt's beginning is just being computed by
-another row, whose blocks it will then share.
+Order. Rows are admitted in the order of `add`; of those that came together the ones with the most
+new tokens to come first, then those with the longest prompts: the rows that take longest should
+not begin last, or the batch would be all but empty for a long end. A row is never passed over for
+want of room, so none starves; it is passed over for a moment when its prompt's beginning is just
+being computed by another row, whose blocks it will then share.
 
 Room. A row is admitted when the pool has room for its prompt and for the growth that it and all
 running rows are expected to have. An expectation can be wrong, so when a running row finds no
@@ -45,8 +46,8 @@ class Row:
     """A request on its way through the engine."""
 
     request: Request
-    order: tuple[int, int]
-    """Its place in the queue: which `add` it came with, then longer prompts first."""
+    order: tuple[int, int, int]
+    """Its place in the queue: which `add` it came with, then the longer ones first."""
     tokens: list[int]
     """Prompt and answer as far as they are known."""
     limit: int
@@ -162,7 +163,8 @@ class Scheduler:
         for request in requests:
             length = len(request.prompt_ids)
             limit = min(length + request.sampling.max_new_tokens, context_tokens or 1 << 62)
-            row = Row(request, (self._adds, -length), list(request.prompt_ids), limit, length)
+            order = self._adds, length - limit, -length
+            row = Row(request, order, list(request.prompt_ids), limit, length)
             if self._share:
                 row.digests = prefix_digests(request.prompt_ids, self._block_tokens)
             self._queue(row)
