@@ -7,7 +7,6 @@ Needs neither Ray nor a network: models are the quickstart's and one of random w
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,6 @@ from quantbatch.runner import Runner
 from quantbatch.spec import Model, Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from quantbatch.engine.static import StaticEngine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -35,17 +32,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "nf4-double": {"bits": 4},
     "fp4": {"quantization": {"kind": "fp4"}},
 }
-
-
-@pytest.fixture(autouse=True)
-def clean_card() -> Iterator[None]:
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA card")
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def engine_of(folder: Path, fields: dict[str, Any], batch_size: int) -> StaticEngine:
@@ -90,25 +76,6 @@ def test_a_row_is_answered_the_same_alone_and_in_a_group(kind: str, temperature:
     same = sum(together[r.id].token_ids == alone[r.id].token_ids for r in work)
     print(f"{kind}, temperature {temperature}: {same} of {len(work)} rows equal")
     assert same >= (0.95 if kind == "fp32" else 0.85) * len(work)
-
-
-@pytest.fixture(scope="module")
-def billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 1.1 billion parameters with random weights."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("billion")
-    config = LlamaConfig(
-        vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
-        num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=4096,
-        eos_token_id=1, pad_token_id=0, bos_token_id=None,
-    )  # fmt: skip
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config)
-    model.bfloat16()
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("rows", [8, 32])
