@@ -20,7 +20,6 @@ CPU there is nothing to overlap.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -127,6 +126,7 @@ class ContinuousEngine:
         limits: EngineLimits,
     ) -> None:
         self._device = model.device
+        self._own_attention = model.config._attn_implementation
         self._endings = Endings(model, tokenizer)
         self._context_tokens = getattr(
             model.config.get_text_config(), "max_position_embeddings", None
@@ -162,13 +162,12 @@ class ContinuousEngine:
         self._flying: _Launched | None = None
 
     def _make_forward(self, model: PreTrainedModel) -> Forward:
-        before = model.config._attn_implementation
         probe = Probe(model)
         try:
             forward = Forward(model, self._make_store())
             probe.check(forward, self._pool, self._limits.block_tokens)
         except attention.UnsupportedModelError:
-            model.set_attn_implementation(before)
+            model.set_attn_implementation(self._own_attention)
             raise
         return forward
 
@@ -208,8 +207,9 @@ class ContinuousEngine:
         """Return why a request can't be run."""
         prompt, sampling, context = request.prompt_ids, request.sampling, self._context_tokens
         words = self._vocabulary
-        if not 0 <= min(prompt) <= max(prompt) < words:
-            return f"token id {max(prompt)} in the prompt: the model has {words:,} tokens"
+        unknown = next((token for token in prompt if not 0 <= token < words), None)
+        if unknown is not None:
+            return f"token id {unknown} in the prompt: the model has {words:,} tokens"
         if any(token >= words for token in sampling.logit_bias):
             token = max(sampling.logit_bias)
             return f"sampling.logit_bias: no token {token}, the model has {words:,}"
@@ -234,9 +234,9 @@ class ContinuousEngine:
         """See `Engine`."""
         began = time.perf_counter()
         totals = self.telemetry.totals
-        landing, self._flying = self._flying, self._launch()
-        if landing is not None:
-            self._land(landing)
+        launched = self._launch()
+        self._land_flying()  # the step before; none, if memory ran out and it has landed already
+        self._flying = launched
         if not self._may_fly():
             self._land_flying()
         finished, self._ready = self._ready, []
@@ -267,8 +267,11 @@ class ContinuousEngine:
             self._out_of_memory(pieces)
             return None
         except Exception:
-            self._failed = [piece.row for piece in pieces]
-            raise
+            self._land_flying()
+            self._failed = [piece.row for piece in pieces if not piece.row.done]
+            if self._failed:
+                raise
+            return None  # its rows had all ended in the step before, and this one was for nothing
         self._backoff.succeeded()
         self._count(pieces)
         return launched
@@ -386,6 +389,9 @@ class ContinuousEngine:
         """Put the rows of a step back and make steps smaller; give up a row that fails alone."""
         self.telemetry.totals.out_of_memory += 1
         self._land_flying()
+        pieces = [piece for piece in pieces if not piece.row.done]
+        if not pieces:
+            return
         tokens = sum(piece.tokens for piece in pieces)
         if not self._backoff.failed(rows=len(pieces), tokens=tokens):
             self._failed = [piece.row for piece in pieces]
@@ -396,13 +402,11 @@ class ContinuousEngine:
 
     def evict(self) -> Sequence[Request]:
         """See `Engine`."""
-        self._land_flying()
-        failed, self._failed = [row for row in self._failed if not row.done], []
+        failed, self._failed = self._failed, []
         for row in failed:
             self._scheduler.remove(row)
         return [row.request for row in failed]
 
     def close(self) -> None:
         """Give the model its own attention back."""
-        with contextlib.suppress(AttributeError):
-            self._forward.model.set_attn_implementation("sdpa")
+        self._forward.model.set_attn_implementation(self._own_attention)

@@ -242,7 +242,7 @@ def test_an_engine_stays_within_its_plan(bits: int, rows: int, billion: Path) ->
 def test_real_out_of_memory_shrinks_steps_and_loses_no_row(billion: Path) -> None:
     import torch
 
-    model = loaded(billion, bits=16)
+    model = loaded(billion, bits=32)
     requests = work(48, Sampling(), longest=900)
     expected = continuous(model, rows=48, kv_tokens=48 * 1024, step_tokens=512)
     wanted = run(expected, requests)
@@ -252,7 +252,7 @@ def test_real_out_of_memory_shrinks_steps_and_loses_no_row(billion: Path) -> Non
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info()[1]
     engine = continuous(model, rows=48, kv_tokens=48 * 1024, step_tokens=16_384)
-    # Room for small steps only: of 16,384 tokens one product of the MLP takes 176 MiB.
+    # Room for small steps only: of 16,384 tokens one product of the MLP takes 352 MiB.
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (256 << 20)) / total)
     try:
         found = run(engine, requests)
@@ -262,3 +262,4 @@ def test_real_out_of_memory_shrinks_steps_and_loses_no_row(billion: Path) -> Non
     assert engine.totals.out_of_memory > 0
     assert all(isinstance(answer, Completion) for answer in found.values())
     assert len(found) == len(requests)
+    assert equal(wanted, found) >= 0.9 * len(requests)  # but for ties

@@ -125,12 +125,7 @@ GEMMA = {"sliding_window": 16, "head_dim": 32, "pad_token_id": 0}
         ("llama", {}, 4),
         ("llama", {}, "auto"),
         ("gemma2", GEMMA, 4),
-        pytest.param(
-            "gemma2",
-            GEMMA,
-            "auto",
-            marks=pytest.mark.xfail(reason="ContinuousEngine.close sets sdpa, after calibration"),
-        ),
+        ("gemma2", GEMMA, "auto"),
         ("mixtral", {"num_local_experts": 4}, 4),
     ],
 )
