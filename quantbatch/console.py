@@ -246,11 +246,17 @@ def _memory(memory: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         True: f"fits the {size(memory['device_bytes'] or 0)} of a replica's card",
         None: "no verdict, since cluster.gpu_memory_gib is not set: each replica asks its device",
     }[memory["fits"]]
-    return [
+    at_once = f"at most {several(memory['batch_size'], 'row')} at once"
+    if memory["step_tokens"]:
+        at_once += f", {memory['step_tokens']:,} tokens a step"
+    lines = [
         ("memory", f"{size(memory['total_bytes'])} = {' + '.join(sizes)}"),
-        ("", f"KV cache {per_token}; {several(memory['batch_size'], 'row')} at once"),
+        ("", f"KV cache {per_token}, room for {memory['kv_tokens']:,} tokens; {at_once}"),
         ("", verdict),
     ]
+    if memory["static_because"]:
+        lines.append(("engine", f"static, which is slower: {memory['static_because']}"))
+    return lines
 
 
 def status_table(document: Mapping[str, Any]) -> Table:

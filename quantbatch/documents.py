@@ -11,12 +11,12 @@ from pydantic import ValidationError
 
 from quantbatch.errors import InputError, Refused
 from quantbatch.ledger import JOB, SUMMARY, Ledger
+from quantbatch.model.footprint import unpackable
 from quantbatch.records import Completion, Failure
 from quantbatch.spec import FourBit, Int8, JobSpec, Storage
 from quantbatch.storage import open_store, redact
 
 if TYPE_CHECKING:
-    from quantbatch.model.memory import MemoryPlan
     from quantbatch.preflight import Job
     from quantbatch.sample import Sampled
     from quantbatch.spec import Model
@@ -51,7 +51,7 @@ def describe_plan(job: Job) -> dict[str, Any]:
             "files": len(ledger.published),
         },
         "model": describe_model(spec.model),
-        "memory": _describe_memory(job.memory) if job.memory else None,
+        "memory": _describe_memory(job) if job.memory else None,
         "prompt": {
             "max_input_tokens": job.max_input_tokens,
             "max_new_tokens": spec.sampling.max_new_tokens,
@@ -83,7 +83,10 @@ def describe_model(model: Model) -> str:
             return f"{name}, {'in its own type' if dtype == 'auto' else dtype}"
 
 
-def _describe_memory(memory: MemoryPlan) -> dict[str, Any]:
+def _describe_memory(job: Job) -> dict[str, Any]:
+    memory = job.memory
+    assert memory is not None
+    continuous = job.spec.engine.kind == "continuous"
     return {
         "weights_bytes": memory.weight_bytes,
         "kv_bytes": memory.kv_bytes,
@@ -93,6 +96,9 @@ def _describe_memory(memory: MemoryPlan) -> dict[str, Any]:
         "reserve_bytes": memory.reserve_bytes,
         "total_bytes": memory.total,
         "batch_size": memory.batch_size,
+        "kv_tokens": memory.kv_tokens,
+        "step_tokens": memory.step_tokens,
+        "static_because": unpackable(job.checkpoint.text_config) if continuous else None,
         "device_bytes": memory.device_bytes,
         "fits": None if memory.device_bytes is None else memory.fits,
     }
