@@ -96,7 +96,8 @@ class Runner:
     def _feed(self) -> None:
         """Give the engine what is to be done next: suspects by themselves, all others together."""
         if self._engine.has_work():
-            if not self._isolated:
+            # New rows would keep suspects waiting for as long as there are any.
+            if not self._isolated and not self._suspects:
                 self._receive()
         elif self._suspects:
             self._isolated = True

@@ -27,6 +27,8 @@ BUDGET_S = 8.0
 PROMPT_TOKENS = 64
 """Context of the timed rows: attention over long contexts gains nothing from more rows."""
 STEPS = 3
+ROW_TOKENS = 80
+"""Room that a timed row needs: its prompt, a token for each step, and a part of a block."""
 
 
 def best_size(
@@ -60,7 +62,7 @@ def time_step(engine: Engine, rows: int, vocabulary: int) -> float:
     """Return the least time of a step in which so many rows decode, in seconds.
 
     Args:
-        engine: Takes that many rows; empty before and after.
+        engine: Takes at least that many rows; empty before and after.
         rows: How many.
         vocabulary: Tokens to make prompts of.
     """

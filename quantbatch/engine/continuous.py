@@ -351,14 +351,21 @@ class ContinuousEngine:
                 self.telemetry.totals.decode_tokens -= 1
                 continue
             row.tokens.append(token)
-            if not is_sound:
+            answer = self._answer(row, token) if is_sound else _failure(row, NOT_FINITE)
+            if answer is not None:
                 self._scheduler.finish(row)
-                self._ready.append(Failure(row.request.id, "model", NOT_FINITE))
-            elif self._is_done(row, token):
-                self._scheduler.finish(row)
-                logprobs = row.logprobs if row.request.sampling.logprobs is not None else None
-                answer = row.tokens[row.prompt_tokens :]
-                self._ready.append(self._endings.completion(row.request, answer, logprobs))
+                self._ready.append(answer)
+
+    def _answer(self, row: Row, token: int) -> Answer | None:
+        """Return a row's answer if this token ends it."""
+        try:
+            if not self._is_done(row, token):
+                return None
+            logprobs = row.logprobs if row.request.sampling.logprobs is not None else None
+            generated = row.tokens[row.prompt_tokens :]
+            return self._endings.completion(row.request, generated, logprobs)
+        except Exception as error:  # noqa: BLE001 - a tokenizer's Rust part raises plain Exception
+            return _failure(row, f"{type(error).__name__}: {error}")
 
     def _land_flying(self) -> None:
         landing, self._flying = self._flying, None
@@ -410,3 +417,7 @@ class ContinuousEngine:
     def close(self) -> None:
         """Give the model its own attention back."""
         self._forward.model.set_attn_implementation(self._own_attention)
+
+
+def _failure(row: Row, message: str) -> Failure:
+    return Failure(row.request.id, "model", message)

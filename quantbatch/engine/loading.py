@@ -17,9 +17,10 @@ from quantbatch.engine.attention import UnsupportedModelError
 from quantbatch.engine.continuous import ContinuousEngine, EngineLimits
 from quantbatch.engine.dedup import Deduplicated
 from quantbatch.engine.static import StaticEngine
+from quantbatch.errors import DoesNotFit
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.model.footprint import unpackable
-from quantbatch.model.memory import Work, plan_memory
+from quantbatch.model.memory import Work, gib, plan_memory
 from quantbatch.prompts.tokens import load_tokenizer
 from quantbatch.records import EngineProgress
 from quantbatch.spec import ContinuousEngine as ContinuousOptions
@@ -88,7 +89,13 @@ def load(
     tokenizer = load_tokenizer(checkpoint.folder)
     progress: Callable[[], EngineProgress] = EngineProgress
     if isinstance(options, ContinuousOptions) and plan.step_tokens:
-        engine, progress = _continuous(loaded, tokenizer, plan, options, max_tokens)
+        try:
+            engine, progress = _continuous(loaded, tokenizer, plan, options, max_tokens)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFit(
+                f"the KV cache of {gib(plan.kv_bytes)} does not fit beside the model: {error}",
+                "another process may use the card; see cluster.gpus_per_replica",
+            ) from error
     else:
         if isinstance(options, ContinuousOptions):
             _say_static(checkpoint.id, unpackable(checkpoint.text_config) or "")
@@ -129,18 +136,17 @@ def _calibrated(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: EngineLimits
 ) -> int:
     embeddings: Any = model.get_input_embeddings()
-    vocabulary = embeddings.num_embeddings
-
-    def step_s(rows: int) -> float:
-        tokens = rows * (calibration.PROMPT_TOKENS + 2 * calibration.STEPS + limits.block_tokens)
-        trial = replace(limits, rows=rows, kv_tokens=tokens, share_prefixes=False)
-        engine = ContinuousEngine(model, tokenizer, trial)
-        try:
-            return calibration.time_step(engine, rows, vocabulary)
-        finally:
-            engine.close()
-
-    rows = calibration.best_size(step_s)
+    most = calibration.SIZES[-1]
+    trial = replace(
+        limits, rows=most, kv_tokens=most * calibration.ROW_TOKENS, share_prefixes=False
+    )
+    engine = ContinuousEngine(model, tokenizer, trial)
+    try:
+        rows = calibration.best_size(
+            lambda size: calibration.time_step(engine, size, embeddings.num_embeddings)
+        )
+    finally:
+        engine.close()
     logger.info("calibrated: %d rows decoded together", rows)
     return rows
 

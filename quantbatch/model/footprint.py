@@ -53,6 +53,10 @@ scores and their places, probabilities and their sums (4 + 4 + 8 + 4 + 4), masks
 (2 + 4). Counted in transformers/generation/logits_process.py, 5.23."""
 GREEDY_LOGIT_BYTES = 2 + 4
 """The same for a row that takes the likeliest token and nothing else."""
+COUNT_BYTES = 2 * (1 + 4)
+"""For each row and word of the vocabulary, in the continuous engine with penalties: whether it is
+in the prompt and how often in the answer, kept for each place of a batch and taken out for a
+step."""
 QUERY_BLOCK = 256
 """Tokens of a prompt whose attention scores are there at once in the continuous engine, for models
 that compute them as a whole."""
@@ -476,6 +480,11 @@ def packed_score_bytes(config: Mapping[str, Any], tokens: int, item_bytes: int) 
 def logit_bytes(config: Mapping[str, Any], rows: int, *, greedy: bool = False) -> int:
     """Return what choosing the next token of each row takes."""
     return rows * _first(config, "vocab_size") * (GREEDY_LOGIT_BYTES if greedy else LOGIT_BYTES)
+
+
+def count_bytes(config: Mapping[str, Any], rows: int) -> int:
+    """Return what it takes to count the tokens that each row has said, and to look that up."""
+    return rows * _first(config, "vocab_size") * COUNT_BYTES
 
 
 def cache_growth_bytes(shape: KvShape, rows: int, tokens: int) -> int:

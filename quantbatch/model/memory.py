@@ -113,6 +113,8 @@ class Work:
     """Tokens in a step of the continuous engine; None plans for the static one."""
     greedy: bool = False
     """Whether every row takes the likeliest token and nothing else: choosing is then cheap."""
+    counts_tokens: bool = False
+    """Whether it is counted how often each row has said each token, for penalties."""
 
     @classmethod
     def of(
@@ -137,6 +139,7 @@ class Work:
             batch_size=None if engine.batch_size == "auto" else engine.batch_size,
             step_tokens=step_tokens,
             greedy=sampling.is_plain,
+            counts_tokens=sampling.counts_tokens,
         )
 
 
@@ -272,6 +275,7 @@ class _Load:
             + footprint.activation_bytes(config, tokens, item_bytes)
             + footprint.packed_score_bytes(config, self.work.max_tokens, item_bytes)
             + footprint.logit_bytes(config, rows, greedy=self.work.greedy)
+            + (footprint.count_bytes(config, rows) if self.work.counts_tokens else 0)
             # Prompts in pieces gather what a layer has of them, at most all rows' own.
             + footprint.cache_growth_bytes(
                 self._shape, 1, self.work.step_tokens + 2 * self.work.max_tokens
