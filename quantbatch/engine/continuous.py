@@ -335,9 +335,12 @@ class ContinuousEngine:
         prompt = sum(max(0, min(p.end, p.row.prompt_tokens) - p.start) for p in pieces)
         totals.prefill_tokens += prompt
         totals.decode_tokens += sum(piece.samples for piece in pieces)
-        totals.positions += sum(piece.tokens for piece in pieces)
-        totals.wasted_positions += scheduler.recomputed_tokens
+        padding = self._recorded.padding if self._recorded else 0
+        totals.positions += sum(piece.tokens for piece in pieces) + padding
+        totals.wasted_positions += scheduler.recomputed_tokens + padding
         scheduler.recomputed_tokens = 0
+        if self._recorded:
+            self._recorded.padding = 0
 
     # ---- its results
 

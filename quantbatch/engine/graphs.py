@@ -63,6 +63,8 @@ class RecordedSteps:
         self._recorded: dict[int, _Recorded] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._usable = _can_be_recorded(forward.model)
+        self.padding = 0
+        """Positions that were computed for nothing so far."""
 
     def can_run(self, pieces: Sequence[Piece]) -> bool:
         """Tell whether a step consists of newest tokens only."""
@@ -88,6 +90,7 @@ class RecordedSteps:
         numbers += [self._store.padding_place] * padding
         recorded.inputs_3R.view(-1).copy_(send(numbers, recorded.inputs_3R.device))
         recorded.graph.replay()
+        self.padding += padding
         return recorded.scores_RV[: len(pieces)]
 
     def _record(self, size: int) -> bool:
