@@ -87,6 +87,7 @@ def _describe_memory(job: Job) -> dict[str, Any]:
     memory = job.memory
     assert memory is not None
     continuous = job.spec.engine.kind == "continuous"
+    memory_tokens = job.max_input_tokens + job.spec.sampling.max_new_tokens
     return {
         "weights_bytes": memory.weight_bytes,
         "kv_bytes": memory.kv_bytes,
@@ -98,7 +99,9 @@ def _describe_memory(job: Job) -> dict[str, Any]:
         "batch_size": memory.batch_size,
         "kv_tokens": memory.kv_tokens,
         "step_tokens": memory.step_tokens,
-        "static_because": unpackable(job.checkpoint.text_config) if continuous else None,
+        "static_because": unpackable(job.checkpoint.text_config, memory_tokens)
+        if continuous
+        else None,
         "device_bytes": memory.device_bytes,
         "fits": None if memory.device_bytes is None else memory.fits,
     }

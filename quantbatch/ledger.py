@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from quantbatch.spec import JobSpec
     from quantbatch.storage import Store
 
-FORMAT = 1
+FORMAT = 2
 """Version of the records in `_quantbatch/`; another version is refused."""
 READS_AT_ONCE = 16
 ROWS_PER_GROUP = 65_536

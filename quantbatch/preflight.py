@@ -88,6 +88,7 @@ def prepare(spec: JobSpec, *, extend: bool = False) -> Job:
     spec = spec.resolved()
     check_places(spec)
     checkpoint = open_checkpoint(spec.model)
+    _check_tokens(spec, checkpoint)
     rendering.compile_templates(spec.prompt)
     rendering.require_chat_template(spec.prompt, checkpoint.chat_template)
     max_input_tokens = input_limit(spec, checkpoint)
@@ -116,6 +117,24 @@ def prepare(spec: JobSpec, *, extend: bool = False) -> Job:
         missing=bool(unreadable),
         unreadable=unreadable,
     )
+
+
+def _check_tokens(spec: JobSpec, checkpoint: Checkpoint) -> None:
+    """Refuse token ids that the model does not have: they would make every row an error."""
+    words = checkpoint.text_config.get("vocab_size")
+    named = {
+        "sampling.logit_bias": spec.sampling.logit_bias,
+        "sampling.stop_token_ids": spec.sampling.stop_token_ids,
+    }
+    for field, token_ids in named.items():
+        unknown = [token for token in token_ids if words is not None and token >= words]
+        if unknown:
+            raise SpecError(
+                JobError(
+                    f"{field}: no token {unknown[0]}, {spec.model.id} has {words:,} tokens",
+                    "token ids are those of the model's own tokenizer",
+                )
+            )
 
 
 def _listing(spec: JobSpec, ledger: Ledger) -> Listing:

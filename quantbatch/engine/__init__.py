@@ -1,8 +1,8 @@
 """Engines: requests in, completions out.
 
 `Engine` is the seam between a replica, which knows chunks and Ray, and the models, which know
-neither. `static.py` is plain `generate` and the oracle for any faster engine; `echo.py` has no
-model at all.
+neither. `continuous.py` is the default. `static.py` is plain `generate`, the oracle of any faster
+engine and the refuge of models that need it; `echo.py` has no model at all.
 """
 
 from __future__ import annotations

@@ -101,13 +101,22 @@ def attend(
     if unknown or attention_mask is not None or not getattr(module, "is_causal", True):
         what = ", ".join(unknown) or "attention that is not causal"
         raise UnsupportedModelError(f"{type(module).__name__} asks for {what}")
+    layer = layer_of(module)
+    if _slides(module, layer) and not given.get("sliding_window"):
+        raise UnsupportedModelError(f"{type(module).__name__} does not tell its sliding window")
     options = AttentionOptions(
         given.get("scaling", query.shape[-1] ** -0.5),  # type: ignore[arg-type]
         given.get("sliding_window") or None,  # type: ignore[arg-type]
         given.get("softcap") or None,  # type: ignore[arg-type]
     )
     store: KvStore = _current.store
-    return store.attend(layer_of(module), query, key, value, options), None
+    return store.attend(layer, query, key, value, options), None
+
+
+def _slides(module: torch.nn.Module, layer: int) -> bool:
+    """Tell whether a layer sees a window only, by its model's configuration."""
+    kinds: list[str] = getattr(getattr(module, "config", None), "layer_types", None) or []
+    return bool(kinds) and kinds[layer] == "sliding_attention"
 
 
 def layer_of(module: torch.nn.Module) -> int:

@@ -50,10 +50,14 @@ class BlockPool:
 
     Args:
         size: Number of blocks.
+        most_idle: Most blocks that are kept without a user; None is as many as there are.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, most_idle: int | None = None) -> None:
         self.size = size
+        self.forgotten: list[int] = []
+        """Blocks that are kept no longer, for whoever has copies of them to clear."""
+        self._most_idle = size if most_idle is None else most_idle
         self._free = list(range(size - 1, -1, -1))
         self._users = [0] * size
         self._kept: dict[bytes, int] = {}
@@ -77,12 +81,14 @@ class BlockPool:
         return [self._allocate() for _ in range(count)]
 
     def _allocate(self) -> int:
-        if self._free:
-            block = self._free.pop()
-        else:
-            block, _ = self._idle.popitem(last=False)
-            del self._kept[self._digest_of.pop(block)]
+        block = self._free.pop() if self._free else self._forget_oldest()
         self._users[block] = 1
+        return block
+
+    def _forget_oldest(self) -> int:
+        block, _ = self._idle.popitem(last=False)
+        del self._kept[self._digest_of.pop(block)]
+        self.forgotten.append(block)
         return block
 
     def keep(self, block: int, digest: bytes) -> bool:
@@ -125,6 +131,8 @@ class BlockPool:
                 self._idle[block] = None
             else:
                 self._free.append(block)
+        while len(self._idle) > self._most_idle:
+            self._free.append(self._forget_oldest())
 
     def check(self, tables: Sequence[Sequence[int]]) -> None:
         """Assert that the books agree with the blocks that rows have; for tests."""

@@ -33,6 +33,7 @@ from quantbatch.engine.ends import Endings
 from quantbatch.engine.forward import Forward
 from quantbatch.engine.graphs import RecordedSteps
 from quantbatch.engine.kvstore import send
+from quantbatch.engine.limits import ModelLimits
 from quantbatch.engine.paged import PagedStore
 from quantbatch.engine.probe import Probe
 from quantbatch.engine.sampling import Sampler
@@ -53,6 +54,9 @@ if TYPE_CHECKING:
     from quantbatch.engine.telemetry import Totals
     from quantbatch.records import Answer, Request
 
+MOST_COPIES = 512
+"""Blocks, 8,192 tokens, that are kept for rows to come on a CPU: many beginnings of prompts, and
+256 MiB for a model of 27 million parameters."""
 NOT_FINITE = (
     "the model's scores are not finite; float16 overflows beyond 65,504: bfloat16 or float32 may"
     " help (model.dtype, model.quantization.compute_dtype)"
@@ -70,8 +74,8 @@ class EngineLimits:
     step_tokens: int
     """Tokens computed in one step: what a forward's memory is planned for."""
     block_tokens: int = BLOCK_TOKENS
-    refill_rows: int = 1
-    """Free places to wait for before rows are admitted; see `Scheduler`."""
+    refill_share: float = 0.0
+    """Share of the batch that leaves before others are admitted; see `Scheduler`."""
     share_prefixes: bool = True
     """Whether the common beginning of prompts is computed once."""
     record_steps: bool = True
@@ -79,24 +83,30 @@ class EngineLimits:
 
 
 class Readback:
-    """The tokens of a step on their way to the host, without waiting for them."""
+    """The results of a step on their way to the host, without waiting for them."""
 
     def __init__(self, chosen: Chosen) -> None:
-        both_2B = torch.stack([chosen.tokens_B, chosen.sound_B.long()])
+        self._tensors = [chosen.tokens_B, chosen.sound_B]
+        if chosen.logprobs is not None:
+            self._tensors += chosen.logprobs[1:]
         self._event: torch.cuda.Event | None = None
-        self._both_2B = both_2B
-        if both_2B.device.type == "cuda":
-            self._both_2B = torch.empty(both_2B.shape, dtype=torch.long, pin_memory=True)
-            self._both_2B.copy_(both_2B, non_blocking=True)
+        if chosen.tokens_B.device.type == "cuda":
+            self._tensors = [_on_its_way(tensor) for tensor in self._tensors]
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
-    def wait(self) -> tuple[list[int], list[int]]:
-        """Return the tokens, and whether the scores of each were numbers."""
+    def wait(self) -> list[list[Any]]:
+        """Return the tokens, whether the scores of each were numbers, and the log-probabilities of
+        those taken, with the likeliest tokens and theirs, if any row asks.
+        """
         if self._event is not None:
             self._event.synchronize()
-        tokens, sound = self._both_2B.tolist()
-        return tokens, sound
+        return [tensor.tolist() for tensor in self._tensors]
+
+
+def _on_its_way(tensor: Tensor) -> Tensor:
+    there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return there.copy_(tensor, non_blocking=True)
 
 
 class _Launched(NamedTuple):
@@ -128,17 +138,17 @@ class ContinuousEngine:
         self._device = model.device
         self._own_attention = model.config._attn_implementation
         self._endings = Endings(model, tokenizer)
-        self._context_tokens = getattr(
-            model.config.get_text_config(), "max_position_embeddings", None
-        )
-        embeddings: Any = model.get_input_embeddings()
-        self._vocabulary: int = embeddings.num_embeddings
+        self._model_limits = ModelLimits.of(model)
         self._limits = limits
-        self._pool = BlockPool(blocks_for(limits.kv_tokens, limits.block_tokens))
+        # On a CPU kept blocks are copies, and take memory of their own.
+        self._pool = BlockPool(
+            blocks_for(limits.kv_tokens, limits.block_tokens),
+            most_idle=MOST_COPIES if self._device.type == "cpu" else None,
+        )
         self._scheduler = Scheduler(
             self._pool,
             slots=limits.rows,
-            refill_rows=limits.refill_rows,
+            refill_share=limits.refill_share,
             share_prefixes=limits.share_prefixes,
             block_tokens=limits.block_tokens,
         )
@@ -150,7 +160,9 @@ class ContinuousEngine:
         """The newest token of each place, for steps that are launched before it is read."""
         self._recorded = (
             RecordedSteps(self._forward, self._last_tokens_S, limits.rows)
-            if self._device.type == "cuda" and limits.record_steps
+            if isinstance(self._forward.store, PagedStore)
+            and self._forward.store.has_triton
+            and limits.record_steps
             else None
         )
         self._sampler = Sampler(slots=limits.rows, endings=self._endings, device=self._device)
@@ -176,7 +188,7 @@ class ContinuousEngine:
         blocks, page = self._pool.size, self._limits.block_tokens
         if self._device.type == "cpu":
             return SlotStore(slots=slots, block_tokens=page)
-        longest = blocks_for(self._context_tokens or blocks * page, page)
+        longest = blocks_for(self._model_limits.context_tokens or blocks * page, page)
         return PagedStore(
             slots=slots,
             blocks=blocks,
@@ -196,33 +208,25 @@ class ContinuousEngine:
         """See `Engine`."""
         sound = []
         for request in requests:
-            wrong = self._wrong_with(request)
+            wrong = self._problem(request)
             if wrong:
                 self._ready.append(Failure(request.id, "bad_request", wrong))
             else:
                 sound.append(request)
-        self._scheduler.add(sound, self._context_tokens)
+        self._scheduler.add(sound, self._model_limits.context_tokens)
 
-    def _wrong_with(self, request: Request) -> str | None:
-        """Return why a request can't be run."""
-        prompt, sampling, context = request.prompt_ids, request.sampling, self._context_tokens
-        words = self._vocabulary
-        unknown = next((token for token in prompt if not 0 <= token < words), None)
-        if unknown is not None:
-            return f"token id {unknown} in the prompt: the model has {words:,} tokens"
-        if any(token >= words for token in sampling.logit_bias):
-            token = max(sampling.logit_bias)
-            return f"sampling.logit_bias: no token {token}, the model has {words:,}"
-        if context is not None and len(prompt) >= context:
-            return f"the prompt has {len(prompt):,} tokens, the model's context {context:,}"
-        if not self._scheduler.fits_alone(
-            min(len(prompt) + sampling.max_new_tokens, context or 1 << 62)
-        ):
-            return (
-                f"{len(prompt):,} prompt and {sampling.max_new_tokens:,} new tokens are more than"
-                f" the {self._limits.kv_tokens:,} that the KV cache has room for"
-            )
-        return None
+    def _problem(self, request: Request) -> str:
+        """Say why a request can't be run; else nothing."""
+        problem = self._model_limits.problem(request)
+        if problem:
+            return problem
+        prompt, new = len(request.prompt_ids), self._model_limits.new_tokens(request)
+        if self._scheduler.fits_alone(prompt + new):
+            return ""
+        return (
+            f"prompt_ids: {prompt:,} tokens and {new:,} new ones are more than the"
+            f" {self._limits.kv_tokens:,} that the KV cache has room for"
+        )
 
     def has_work(self) -> bool:
         """See `Engine`."""
@@ -261,17 +265,20 @@ class ContinuousEngine:
         pieces = self._scheduler.next_step(self._backoff.limits)
         if not pieces:
             return None
+        launched = None
         try:
             launched = self._run(pieces)
         except torch.OutOfMemoryError:
-            self._out_of_memory(pieces)
-            return None
+            pass  # handled below, where the exception no longer holds the step's tensors
         except Exception:
             self._land_flying()
             self._failed = [piece.row for piece in pieces if not piece.row.done]
             if self._failed:
                 raise
             return None  # its rows had all ended in the step before, and this one was for nothing
+        if launched is None:
+            self._out_of_memory(pieces)
+            return None
         self._backoff.succeeded()
         self._count(pieces)
         return launched
@@ -282,6 +289,8 @@ class ContinuousEngine:
             began = time.perf_counter()
             scores_BV = self._scores(pieces)
             self.telemetry.totals.forward_s += time.perf_counter() - began
+            while self._pool.forgotten:
+                self._forward.store.forget(self._pool.forgotten.pop())
             for row, index in self._scheduler.keepable(pieces):
                 self._forward.store.keep(row.slot, index, row.blocks[index])
             rows = [piece.row for piece in pieces if piece.samples]
@@ -308,7 +317,7 @@ class ContinuousEngine:
             shared = starts[row.slot] // self._limits.block_tokens
             if shared:
                 self._forward.store.use(row.slot, row.blocks[:shared])
-            self._sampler.start(row, self._vocabulary)
+            self._sampler.start(row, self._model_limits.vocabulary)
         if admitted and self._overlaps:
             slots = send([row.slot for row in admitted], self._device)
             newest = send([row.tokens[-1] for row in admitted], self._device)
@@ -346,8 +355,8 @@ class ContinuousEngine:
 
     def _land(self, launched: _Launched) -> None:
         """Read the tokens of a step and end the rows that are done."""
-        tokens, sound = launched.readback.wait()
-        self._note_logprobs(launched)
+        tokens, sound, *logprobs = launched.readback.wait()
+        self._note_logprobs(launched, logprobs)
         for row, token, is_sound in zip(launched.rows, tokens, sound, strict=True):
             if row.done:
                 self.telemetry.totals.wasted_positions += 1
@@ -382,11 +391,10 @@ class ContinuousEngine:
         answer = row.tokens[row.prompt_tokens :] if sampling.stop else ()
         return bool(answer) and self._endings.stopped(answer, sampling)
 
-    def _note_logprobs(self, launched: _Launched) -> None:
+    def _note_logprobs(self, launched: _Launched, columns: list[list[Any]]) -> None:
         found = launched.chosen.logprobs
         if found is None:
             return
-        columns = (found.chosen_R.tolist(), found.top_ids_RK.tolist(), found.top_RK.tolist())
         for place, chosen, ids, values in zip(found.rows, *columns, strict=True):
             row = launched.rows[place]
             wanted = row.request.sampling.logprobs

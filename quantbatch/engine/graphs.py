@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Batch sizes that are recorded; at most a quarter of a batch is padding, beyond 4 rows."""
-WARM_UPS = 2
 
 
 class _Recorded(NamedTuple):
@@ -43,7 +42,6 @@ class _Recorded(NamedTuple):
     """Slots, positions and places in the pool."""
     ends_R: Tensor
     """Kept, because the graph reads it where it is."""
-    scores_RV: Tensor
 
 
 class RecordedSteps:
@@ -62,6 +60,9 @@ class RecordedSteps:
         self._sizes = [size for size in SIZES if size < rows] + [rows]
         self._recorded: dict[int, _Recorded] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._scores_RV: Tensor | None = None
+        """Where every recorded step leaves its scores."""
         self._usable = _can_be_recorded(forward.model)
         self.padding = 0
         """Positions that were computed for nothing so far."""
@@ -91,7 +92,8 @@ class RecordedSteps:
         recorded.inputs_3R.view(-1).copy_(send(numbers, recorded.inputs_3R.device))
         recorded.graph.replay()
         self.padding += padding
-        return recorded.scores_RV[: len(pieces)]
+        assert self._scores_RV is not None
+        return self._scores_RV[: len(pieces)]
 
     def _record(self, size: int) -> bool:
         store = self._store
@@ -99,23 +101,24 @@ class RecordedSteps:
         device = self._last_tokens_S.device
         inputs_3R = send([number for number in row for _ in range(size)], device).view(3, size)
         ends_R = torch.arange(size, device=device)
-        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._step(inputs_3R, ends_R)
-        torch.cuda.current_stream().wait_stream(stream)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._step(inputs_3R, ends_R)
+            scores_RV = self._step(inputs_3R, ends_R)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        if self._scores_RV is None:
+            self._scores_RV = scores_RV.new_empty(self._sizes[-1], scores_RV.shape[1])
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
-                scores_RV = self._step(inputs_3R, ends_R)
+                self._scores_RV[:size].copy_(self._step(inputs_3R, ends_R))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             self._usable = False
             logger.warning("steps can't be recorded and run slower: %s", error)
             return False
-        self._recorded[size] = _Recorded(graph, inputs_3R, ends_R, scores_RV)
+        self._recorded[size] = _Recorded(graph, inputs_3R, ends_R)
         return True
 
     def _step(self, inputs_3R: Tensor, ends_R: Tensor) -> Tensor:

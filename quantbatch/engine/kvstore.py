@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def send(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Copy numbers to a device without waiting for it."""
-    there = torch.tensor(numbers, dtype=torch.long, pin_memory=device.type == "cuda")
+def send(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """Copy numbers to a device without waiting for it, as `torch.tensor(..., device=...)` would."""
+    there = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
     return there.to(device, non_blocking=True)
 
 
@@ -76,7 +76,6 @@ class KvStore(Protocol):
         """Let a row begin with kept blocks."""
         ...
 
-    @property
-    def bytes_per_token(self) -> int:
-        """What one token takes over all layers seen so far."""
+    def forget(self, block: int) -> None:
+        """Note that a block is kept no longer."""
         ...

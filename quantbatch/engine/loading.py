@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REFILL_SHARE = 8
-"""On a card rows are admitted when this part of the places is free: a step with prompts can't be
+REFILL_SHARE = 1 / 8
+"""On a card rows are admitted when this share of the batch has left: a step with prompts can't be
 replayed from a graph, and its cost is shared by those that come together."""
 
 
@@ -81,24 +81,29 @@ def load(
         max_input_tokens=max_tokens - spec.sampling.max_new_tokens,
         device=torch.device(device).type,
     )
-    plan = plan_memory(
-        checkpoint, model, work, peak.device_bytes(device, spec.cluster.gpus_per_replica)
-    )
+    device_bytes = peak.device_bytes(device, spec.cluster.gpus_per_replica)
+    plan = plan_memory(checkpoint, model, work, device_bytes)
     measured = peak.PeakMemory(device)
     loaded = bnb.load(checkpoint, model, device).model
     tokenizer = load_tokenizer(checkpoint.folder)
     progress: Callable[[], EngineProgress] = EngineProgress
+    why = unpackable(checkpoint.text_config, max_tokens) or ""
+    engine: Engine | None = None
     if isinstance(options, ContinuousOptions) and plan.step_tokens:
         try:
-            engine, progress = _continuous(loaded, tokenizer, plan, options, max_tokens)
+            made = _continuous(loaded, tokenizer, plan, options, max_tokens)
+            engine, progress = made, made.telemetry.take
+        except UnsupportedModelError as error:
+            why = str(error)
+            plan = plan_memory(checkpoint, model, replace(work, step_tokens=None), device_bytes)
         except torch.OutOfMemoryError as error:
             raise DoesNotFit(
                 f"the KV cache of {gib(plan.kv_bytes)} does not fit beside the model: {error}",
                 "another process may use the card; see cluster.gpus_per_replica",
             ) from error
-    else:
+    if engine is None:
         if isinstance(options, ContinuousOptions):
-            _say_static(checkpoint.id, unpackable(checkpoint.text_config) or "")
+            logger.warning("%s runs on the static engine, which is slower: %s", checkpoint.id, why)
         engine = StaticEngine(loaded, tokenizer, batch_size=plan.batch_size)
     if options.deduplicate:
         engine, progress = _deduplicated(engine, progress)
@@ -111,25 +116,20 @@ def _continuous(
     plan: MemoryPlan,
     options: ContinuousOptions,
     max_tokens: int,
-) -> tuple[Engine, Callable[[], EngineProgress]]:
+) -> ContinuousEngine:
     assert plan.step_tokens is not None
     on_card = plan.device_bytes is not None
     limits = EngineLimits(
         rows=plan.batch_size,
         kv_tokens=plan.kv_tokens,
         step_tokens=plan.step_tokens,
-        refill_rows=max(1, plan.batch_size // REFILL_SHARE) if on_card else 1,
+        refill_share=REFILL_SHARE if on_card else 0.0,
         share_prefixes=options.share_prefixes,
     )
-    try:
-        if not on_card and options.batch_size == "auto":
-            rows = _calibrated(model, tokenizer, limits)
-            limits = replace(limits, rows=rows, kv_tokens=max(rows, 1) * max_tokens)
-        made = ContinuousEngine(model, tokenizer, limits)
-    except UnsupportedModelError as error:
-        _say_static(type(model).__name__, str(error))
-        return StaticEngine(model, tokenizer, batch_size=plan.batch_size), EngineProgress
-    return made, made.telemetry.take
+    if not on_card and options.batch_size == "auto":
+        rows = _calibrated(model, tokenizer, limits)
+        limits = replace(limits, rows=rows, kv_tokens=rows * max_tokens)
+    return ContinuousEngine(model, tokenizer, limits)
 
 
 def _calibrated(
@@ -138,7 +138,11 @@ def _calibrated(
     embeddings: Any = model.get_input_embeddings()
     most = calibration.SIZES[-1]
     trial = replace(
-        limits, rows=most, kv_tokens=most * calibration.ROW_TOKENS, share_prefixes=False
+        limits,
+        rows=most,
+        kv_tokens=most * calibration.ROW_TOKENS,
+        step_tokens=most * calibration.PROMPT_TOKENS,
+        share_prefixes=False,
     )
     engine = ContinuousEngine(model, tokenizer, trial)
     try:
@@ -161,7 +165,3 @@ def _deduplicated(
         return replace(found, totals=found.totals | {"copied_answers": wrapped.copied})
 
     return wrapped, with_copies
-
-
-def _say_static(model: str, why: str) -> None:
-    logger.warning("%s runs on the static engine, which is slower: %s", model, why)

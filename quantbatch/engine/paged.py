@@ -58,7 +58,7 @@ class PagedStore(KvStore):
         self._places_T = torch.empty(0, dtype=torch.long, device=device)
         self._queries: list[Queries] = []
         self._singles = 0
-        self._has_triton = _has_triton()
+        self.has_triton = _has_triton()
 
     # ---- before a forward
 
@@ -125,7 +125,7 @@ class PagedStore(KvStore):
         pages = self._pages[layer]
         for pages_NPKD, new_1KTD in zip(pages, (k_1KTD, v_1KTD), strict=True):
             pages_NPKD.flatten(0, 1).index_copy_(0, self._places_T, new_1KTD[0].transpose(0, 1))
-        if not self._has_triton:
+        if not self.has_triton:
             return self._gathered(pages, q_1HTD, options)
         return self._in_triton(pages, q_1HTD[0].transpose(0, 1), options)[None]
 
@@ -200,14 +200,9 @@ class PagedStore(KvStore):
     def use(self, slot: int, blocks: Sequence[int]) -> None:
         pass
 
-    @property
     @override
-    def bytes_per_token(self) -> int:
-        return sum(
-            x.shape[2] * x.shape[3] * x.element_size()
-            for pair in self._pages.values()
-            for x in pair
-        )
+    def forget(self, block: int) -> None:
+        pass
 
 
 def _has_triton() -> bool:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 SINGLE_ROWS, PROMPT_ROWS = 16, 64
 """Rows of a program's products: the least that a tensor core takes, and what keeps registers."""
 TOKENS_AT_ONCE = 64
+STAGED_BYTES = 64 << 10
+"""Keys and values on their way at once: shared memory is 99 KB on an RTX 4090, A10 or L4."""
 PROGRAMS_TO_FILL_A_CARD = 264
 """Two for each of an H100's 132 multiprocessors."""
 MOST_SPLITS = 8
@@ -169,7 +171,7 @@ def attend(
         D_PADDED=_padded(size), DV_PADDED=_padded(value_size), PAGE=keys_NPKD.shape[1],
         M=max(queries.rows, triton.next_power_of_2(heads // kv_heads)), N=TOKENS_AT_ONCE,
         SPLITS=splits, SOFTCAP=options.softcap is not None, WINDOW=options.window is not None,
-        num_warps=4,
+        num_warps=4, num_stages=_stages(size + value_size, keys_NPKD.element_size()),
     )  # fmt: skip
     if splits > 1:
         _join(parts, lse, queries, out_THD)
@@ -178,6 +180,10 @@ def attend(
 def _padded(size: int) -> int:
     padded: int = max(16, triton.next_power_of_2(size))
     return padded
+
+
+def _stages(numbers_per_token: int, item_bytes: int) -> int:
+    return max(1, min(3, STAGED_BYTES // (TOKENS_AT_ONCE * numbers_per_token * item_bytes)))
 
 
 def _splits(programs: int) -> int:

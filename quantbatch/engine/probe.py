@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LENGTHS = (23, 9)
 STEPS = (((0, 0, 10), (1, 0, 8)), ((1, 8, 9), (0, 10, 22)), ((0, 22, 23),))
 """Pieces of each step: row, start, end. Whole prompts, pieces, single tokens, and a mix."""
-CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+CLOSE, CLOSE_IN_FLOAT32 = 0.1, 1e-3
 """Greatest distance between scores as a share of their size. Kernels of 16-bit types differ by
 about 0.01, a wrong position or a token that should not be seen by far more."""
 
@@ -81,7 +81,7 @@ class Probe:
         finally:
             for row in rows:
                 pool.release(row.blocks)
-        close = CLOSE.get(self._plain[0].dtype if _is_float32(forward.model) else torch.bfloat16, 0)
+        close = CLOSE_IN_FLOAT32 if _is_float32(forward.model) else CLOSE
         if not max(distances) <= close:
             raise UnsupportedModelError(
                 f"its scores over packed rows differ from its own by {max(distances):.2g}"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from quantbatch.engine.kvstore import send
 from quantbatch.engine.noise import gumbel_noise
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class _Settings(NamedTuple):
     min_p_R1: Tensor | None
     seeds_R: Tensor
     logprob_rows: list[int]
+    logprob_rows_R: Tensor
     most_logprobs: int
 
 
@@ -88,6 +90,9 @@ class Sampler:
         self._in_prompt_SV: Tensor | None = None
         self._counts_SV: Tensor | None = None
 
+    def _send(self, numbers: Sequence[float], dtype: torch.dtype = torch.long) -> Tensor:
+        return send(numbers, self._device, dtype)
+
     def start(self, row: Row, vocabulary: int) -> None:
         """Note what a row that enters the batch has said so far."""
         if not row.request.sampling.counts_tokens:
@@ -96,11 +101,13 @@ class Sampler:
             shape = self._slots, vocabulary
             self._in_prompt_SV = torch.zeros(shape, dtype=torch.bool, device=self._device)
             self._counts_SV = torch.zeros(shape, dtype=torch.int32, device=self._device)
-        prompt = torch.tensor(row.request.prompt_ids, device=self._device)
         self._in_prompt_SV[row.slot] = False
-        self._in_prompt_SV[row.slot, prompt] = True
-        said = torch.tensor(row.tokens[row.prompt_tokens :], dtype=torch.long, device=self._device)
-        self._counts_SV[row.slot] = torch.bincount(said, minlength=vocabulary)
+        self._in_prompt_SV[row.slot].index_fill_(0, self._send(row.request.prompt_ids), value=True)
+        self._counts_SV[row.slot] = 0
+        said = row.tokens[row.prompt_tokens :]
+        if said:
+            ones = torch.ones(len(said), dtype=torch.int32, device=self._device)
+            self._counts_SV[row.slot].index_add_(0, self._send(said), ones)
 
     def choose(self, logits_BV: Tensor, rows: Sequence[Row], generated: Sequence[int]) -> Chosen:
         """Choose the next token of each row.
@@ -119,7 +126,7 @@ class Sampler:
         tokens_B = scores_BV.argmax(-1)
         if settings.drawn:
             warped_RV = _warped(scores_BV[settings.drawn_R], settings)
-            steps = torch.tensor([generated[i] for i in settings.drawn], device=self._device)
+            steps = self._send([generated[i] for i in settings.drawn])
             noise_RV = gumbel_noise(settings.seeds_R, steps, scores_BV.shape[1])
             tokens_B[settings.drawn_R] = (warped_RV + noise_RV).argmax(-1)
         self._count(rows, settings.slots_B, tokens_B)
@@ -127,11 +134,8 @@ class Sampler:
 
     def _count(self, rows: Sequence[Row], slots_B: Tensor, tokens_B: Tensor) -> None:
         if self._counts_SV is not None:
-            counted = torch.tensor(
-                [row.request.sampling.counts_tokens for row in rows],
-                dtype=torch.int32,
-                device=self._device,
-            )
+            counts = [row.request.sampling.counts_tokens for row in rows]
+            counted = self._send(counts, torch.int32)
             self._counts_SV.index_put_((slots_B, tokens_B), counted, accumulate=True)
 
     def _settings_of(self, rows: Sequence[Row]) -> _Settings:
@@ -150,19 +154,16 @@ class Sampler:
             repetition_B1=self._column(samplings, lambda s: s.repetition_penalty, nothing=1),
             presence_B1=self._column(samplings, lambda s: s.presence_penalty, nothing=0),
             frequency_B1=self._column(samplings, lambda s: s.frequency_penalty, nothing=0),
-            slots_B=torch.tensor([row.slot for row in rows], device=self._device),
+            slots_B=self._send([row.slot for row in rows]),
             drawn=drawn,
-            drawn_R=torch.tensor(drawn, dtype=torch.long, device=self._device),
-            temperature_R1=torch.tensor(
-                [[s.temperature] for s in of_drawn], dtype=torch.float32, device=self._device
-            ),
+            drawn_R=self._send(drawn),
+            temperature_R1=self._send([s.temperature for s in of_drawn], torch.float32)[:, None],
             top_k_R1=self._column(of_drawn, lambda s: float(s.top_k), nothing=0),
             top_p_R1=self._column(of_drawn, lambda s: s.top_p, nothing=1),
             min_p_R1=self._column(of_drawn, lambda s: s.min_p, nothing=0),
-            seeds_R=torch.tensor(
-                [rows[i].request.seed for i in drawn], dtype=torch.long, device=self._device
-            ),
+            seeds_R=self._send([rows[i].request.seed for i in drawn]),
             logprob_rows=asked,
+            logprob_rows_R=self._send(asked),
             most_logprobs=max((samplings[i].logprobs or 0 for i in asked), default=0),
         )
 
@@ -172,7 +173,7 @@ class Sampler:
         values = [float(value(sampling)) for sampling in samplings]
         if all(each == nothing for each in values):
             return None
-        return torch.tensor(values, dtype=torch.float32, device=self._device)[:, None]
+        return self._send(values, torch.float32)[:, None]
 
     def _bias(self, samplings: Sequence[Sampling]) -> tuple[Tensor, Tensor, Tensor] | None:
         found = [
@@ -183,11 +184,7 @@ class Sampler:
         if not found:
             return None
         rows, tokens, values = zip(*found, strict=True)
-        return (
-            torch.tensor(rows, device=self._device),
-            torch.tensor(tokens, device=self._device),
-            torch.tensor(values, dtype=torch.float32, device=self._device),
-        )
+        return self._send(rows), self._send(tokens), self._send(values, torch.float32)
 
     def _adjusted(
         self,
@@ -210,8 +207,8 @@ class Sampler:
                 scores_BV = scores_BV - settings.frequency_B1 * counts_BV
         struck, forbidden = self._forbidden(rows, generated, scores_BV.shape[1])
         if struck:
-            scores_BV = scores_BV.clone()
-            scores_BV[struck, forbidden] = -torch.inf
+            nothing = scores_BV.new_full((), -torch.inf)
+            scores_BV = scores_BV.index_put((self._send(struck), self._send(forbidden)), nothing)
         return scores_BV
 
     def _forbidden(
@@ -280,8 +277,8 @@ def _likeliest(scores_RV: Tensor, top_k_R1: Tensor | None, top_p_R1: Tensor | No
 def _logprobs(logits_BV: Tensor, tokens_B: Tensor, settings: _Settings) -> Logprobs | None:
     if not settings.logprob_rows:
         return None
-    rows = settings.logprob_rows
-    logprobs_RV = logits_BV[rows].float().log_softmax(-1)
-    chosen_R = logprobs_RV.gather(1, tokens_B[rows][:, None])[:, 0]
+    rows_R = settings.logprob_rows_R
+    logprobs_RV = logits_BV[rows_R].float().log_softmax(-1)
+    chosen_R = logprobs_RV.gather(1, tokens_B[rows_R][:, None])[:, 0]
     top = logprobs_RV.topk(settings.most_logprobs, dim=-1)
-    return Logprobs(rows, chosen_R, top.indices, top.values)
+    return Logprobs(settings.logprob_rows, chosen_R, top.indices, top.values)

@@ -107,8 +107,8 @@ class Scheduler:
     Args:
         pool: The blocks.
         slots: Places in the batch.
-        refill_rows: Free places to wait for before rows are admitted to a running batch. On a card
-            a step with prompts in it costs more than one without, whatever they are.
+        refill_share: Share of the batch that leaves before others are admitted to a running batch.
+            On a card a step with prompts in it costs more than one without, whatever they are.
         share_prefixes: Whether rows whose prompts begin alike share those blocks.
         block_tokens: Tokens of a block.
     """
@@ -118,7 +118,7 @@ class Scheduler:
         pool: BlockPool,
         *,
         slots: int,
-        refill_rows: int = 1,
+        refill_share: float = 0.0,
         share_prefixes: bool = True,
         block_tokens: int = BLOCK_TOKENS,
     ) -> None:
@@ -133,7 +133,11 @@ class Scheduler:
         self._waiting: list[Row] = []
         """The next one last."""
         self._free_slots = list(range(slots - 1, -1, -1))
-        self._refill_rows = refill_rows
+        self._refill_share = refill_share
+        self._refilling = True
+        """Whether rows are admitted now: until places, room or rows run out."""
+        self._left = 0
+        """Rows that left since then."""
         self._share = share_prefixes
         self._block_tokens = block_tokens
         self._adds = 0
@@ -160,6 +164,7 @@ class Scheduler:
         fit the pool alone.
         """
         self._adds += 1
+        self._refilling = True
         for request in requests:
             length = len(request.prompt_ids)
             limit = min(length + request.sampling.max_new_tokens, context_tokens or 1 << 62)
@@ -214,6 +219,7 @@ class Scheduler:
         self._free_slots.append(row.slot)
         # All of them: what a failed step computed was never kept, and never comes.
         self._coming.difference_update(row.digests)
+        self._left += 1
         row.slot, row.blocks, row.computed = -1, [], 0
 
     def undo(self, pieces: Iterable[Piece]) -> None:
@@ -221,7 +227,9 @@ class Scheduler:
         for piece in pieces:
             if not piece.row.done:
                 piece.row.length -= piece.samples
-                self.put_back(piece.row)
+                self._leave(piece.row)
+                self._queue(piece.row)
+        self._sort()
 
     # ---- a step
 
@@ -297,9 +305,11 @@ class Scheduler:
 
     def _of_waiting(self, limits: Limits, budget: int) -> Iterator[Piece]:
         """Admit rows while there are places, blocks and tokens left in the step's budget."""
-        free = min(len(self._free_slots), limits.rows - len(self.running))
-        if self.running and free < min(self._refill_rows, len(self._waiting)):
+        enough = int(self._refill_share * limits.rows)
+        if self.running and not self._refilling and self._left < enough:
             return
+        self._left = 0
+        free = min(len(self._free_slots), limits.rows - len(self.running))
         passed_over: list[Row] = []
         while free > 0 and budget > 0 and self._waiting and len(passed_over) < PASSED_OVER_AT_MOST:
             row = self._waiting.pop()
@@ -308,6 +318,7 @@ class Scheduler:
                 continue
             if not self._has_room(row):
                 self._waiting.append(row)
+                self._refilling = False
                 break
             self._admit(row)
             end = self._piece_end(row, budget)
@@ -316,6 +327,8 @@ class Scheduler:
             budget -= end - row.computed
             free -= 1
             yield Piece(row, row.computed, end, end == row.length)
+        else:
+            self._refilling = budget <= 0 or bool(passed_over)
         self._waiting += reversed(passed_over)
 
     def _must_wait(self, row: Row) -> bool:

@@ -16,6 +16,7 @@ P tokens of a block.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,12 +27,14 @@ from quantbatch.engine.blocks import BLOCK_TOKENS
 from quantbatch.engine.kvstore import AttentionOptions, KvStore, Span
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
 GROWTH_TOKENS = 256
-"""Slots grow by multiples of this, so that they are copied rarely."""
+"""Slots are as long as a multiple of this."""
+GROWTH = 1.5
+"""Slots grow at least by half, so that a long prompt in pieces has them copied a few times only."""
 
 
 class _Layer:
@@ -45,18 +48,23 @@ class _Layer:
         self._kept: dict[int, list[Tensor]] = {}
         """Keys and values (K, P, D) of kept blocks."""
 
-    def grow(self, tokens: int) -> None:
-        self.tensors = [self._grown(old_SKLD, tokens) for old_SKLD in self.tensors]
+    def grow(self, tokens: int, ends: Mapping[int, int]) -> None:
+        """Make slots longer; `ends` says how much of each is filled."""
+        self.tensors = [self._grown(old_SKLD, tokens, ends) for old_SKLD in self.tensors]
 
-    def _grown(self, old_SKLD: Tensor, tokens: int) -> Tensor:
+    def _grown(self, old_SKLD: Tensor, tokens: int, ends: Mapping[int, int]) -> Tensor:
         slots, heads, there, size = old_SKLD.shape
         new_SKLD = torch.empty(slots, heads, tokens, size, dtype=old_SKLD.dtype)
-        new_SKLD[:, :, :there] = old_SKLD
+        for slot, end in ends.items():
+            new_SKLD[slot, :, : min(end, there)] = old_SKLD[slot, :, : min(end, there)]
         return new_SKLD
 
     def keep(self, slot: int, index: int, block: int) -> None:
         place = slice(index * self._page, (index + 1) * self._page)
         self._kept[block] = [slots_SKLD[slot, :, place].clone() for slots_SKLD in self.tensors]
+
+    def forget(self, block: int) -> None:
+        self._kept.pop(block, None)
 
     def use(self, slot: int, blocks: Sequence[int]) -> None:
         found = zip(*(self._kept[block] for block in blocks), strict=True)
@@ -79,6 +87,8 @@ class SlotStore(KvStore):
         self._singles = torch.empty(0, dtype=torch.long)
         self._single_slots = self._single_places = self._singles
         self._tokens = 0
+        self._ends: dict[int, int] = {}
+        """How much of each slot is filled."""
 
     @override
     def begin(self, spans: Sequence[Span]) -> None:
@@ -88,12 +98,14 @@ class SlotStore(KvStore):
         self._single_slots = torch.tensor([span.slot for span in singles], dtype=torch.long)
         self._single_places = torch.tensor([span.start for span in singles], dtype=torch.long)
         self._reserve(max(span.end for span in spans))
+        self._ends |= {span.slot: span.end for span in spans}
 
     def _reserve(self, tokens: int) -> None:
         if tokens > self._tokens:
-            self._tokens = -(-tokens // GROWTH_TOKENS) * GROWTH_TOKENS
+            wanted = max(tokens, GROWTH * self._tokens)
+            self._tokens = math.ceil(wanted / GROWTH_TOKENS) * GROWTH_TOKENS
             for layer in self._layers.values():
-                layer.grow(self._tokens)
+                layer.grow(self._tokens, self._ends)
 
     @override
     def attend(
@@ -101,7 +113,7 @@ class SlotStore(KvStore):
     ) -> Tensor:
         if layer not in self._layers:
             self._layers[layer] = _Layer(k_1KTD, v_1KTD, self._slots, self._page)
-            self._layers[layer].grow(self._tokens)
+            self._layers[layer].grow(self._tokens, {})
         keys_SKLD, values_SKLD = self._layers[layer].tensors
         self._write(keys_SKLD, k_1KTD)
         self._write(values_SKLD, v_1KTD)
@@ -132,14 +144,11 @@ class SlotStore(KvStore):
     @override
     def use(self, slot: int, blocks: Sequence[int]) -> None:
         self._reserve(len(blocks) * self._page)
+        self._ends[slot] = len(blocks) * self._page
         for layer in self._layers.values():
             layer.use(slot, blocks)
 
-    @property
     @override
-    def bytes_per_token(self) -> int:
-        return sum(
-            x.shape[1] * x.shape[3] * x.element_size()
-            for layer in self._layers.values()
-            for x in layer.tensors
-        )
+    def forget(self, block: int) -> None:
+        for layer in self._layers.values():
+            layer.forget(block)

@@ -28,6 +28,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 from typing_extensions import override
 
 from quantbatch.engine.ends import Endings
+from quantbatch.engine.limits import ModelLimits
 from quantbatch.engine.noise import gumbel_noise
 from quantbatch.records import Failure, TokenLogprobs
 
@@ -65,10 +66,7 @@ class StaticEngine:
         self._model = model
         self._endings = Endings(model, tokenizer)
         self._batch_size = batch_size
-        config: Any = model.config.get_text_config()
-        self._limits = ModelLimits(
-            config.vocab_size, getattr(config, "max_position_embeddings", None)
-        )
+        self._limits = ModelLimits.of(model)
         self._queues: dict[tuple[int, str], list[Request]] = {}
         self._refused: list[Failure] = []
         self._running: Sequence[Request] = []
@@ -160,39 +158,6 @@ class StaticEngine:
 
 def _prompt_tokens(request: Request) -> int:
     return len(request.prompt_ids)
-
-
-class ModelLimits(NamedTuple):
-    """What a model can take."""
-
-    vocabulary: int
-    """Number of its tokens."""
-    context_tokens: int | None
-    """Most tokens of prompt and answer together; None if it does not say."""
-
-    def problem(self, request: Request) -> str:
-        """Say why the model can't answer a request: its field, its value and the limit; else
-        nothing.
-        """
-        fields = {
-            "prompt_ids": request.prompt_ids,
-            "sampling.logit_bias": request.sampling.logit_bias,
-        }
-        for field, token_ids in fields.items():
-            strange = next((t for t in token_ids if not 0 <= t < self.vocabulary), None)
-            if strange is not None:
-                return f"{field}: the model has no token {strange}, only {self.vocabulary:,} tokens"
-        if self.new_tokens(request) > 0:
-            return ""
-        prompt_tokens = _prompt_tokens(request)
-        return f"prompt_ids: {prompt_tokens:,} tokens, a context of {self.context_tokens:,} is full"
-
-    def new_tokens(self, request: Request) -> int:
-        """Return the most tokens that an answer may have: those asked for, if there is room."""
-        wanted = request.sampling.max_new_tokens
-        if self.context_tokens is None:
-            return wanted
-        return min(wanted, self.context_tokens - _prompt_tokens(request))
 
 
 # ---- the prompts of a group

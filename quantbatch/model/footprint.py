@@ -78,6 +78,15 @@ EAGER_MODELS = frozenset(
     }
 )
 """Models without SDPA, whose attention scores are there as a whole (`_supports_sdpa`, 5.23)."""
+UNPACKABLE_MODELS = frozenset(
+    {
+        *("bloom", "codegen", "falcon", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "mpt"),
+        *("openai-gpt", "stablelm", "xglm", "biogpt", "cpmant", "blt"),
+    }
+)
+"""Models that do not let their attention be exchanged (`_supports_attention_backend`, 5.23), or ask
+for more than scale, window and softcap (gpt_oss: sinks). Those with state of another kind are known
+by their layers."""
 SLIDING_PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}
 """Each how many-th layer sees everything, where an older config.json leaves that to the code."""
 ALL_SLIDING = frozenset({"mistral", "mixtral", "phi3", "starcoder2"})
@@ -411,17 +420,40 @@ def hidden_size(config: Mapping[str, Any]) -> int:
     return _first(config, "hidden_size", "n_embd", "d_model")
 
 
-def unpackable(config: Mapping[str, Any]) -> str | None:
-    """Return why rows of a model can't share a paged cache, as far as its configuration tells.
+def unpackable(config: Mapping[str, Any], max_tokens: int) -> str | None:
+    """Return why rows of a model can't be packed into one batch, as far as its configuration tells.
 
     The continuous engine then leaves it to the static one; what the configuration does not tell is
     found out by trying (`engine/probe.py`).
+
+    Args:
+        config: The text part of config.json.
+        max_tokens: Prompt and answer of the longest row, in tokens.
     """
+    if config.get("model_type") in UNPACKABLE_MODELS:
+        return f"{config['model_type']} has an attention of its own"
+    if _rope_depends_on_batch(config, max_tokens):
+        return "positions whose encoding depends on the longest row of a batch (longrope, dynamic)"
     if config.get("kv_lora_rank"):
         return "multi-head latent attention, whose cache would be unpacked"
     kinds = set(_layer_types(config, _first(config, "num_hidden_layers", "n_layer", "n_layers")))
     other = sorted(kinds - {"full_attention", "sliding_attention"})
     return f"layers of the kind {', '.join(other)}" if other else None
+
+
+def _rope_depends_on_batch(config: Mapping[str, Any], max_tokens: int) -> bool:
+    """Tell whether rows beyond the original context change how all rows of their batch are encoded
+    (transformers 5.23, `modeling_rope_utils.dynamic_rope_update`).
+    """
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kinds = [found, *(each for each in found.values() if isinstance(each, dict))]
+    for rope in kinds:
+        if (rope.get("rope_type") or rope.get("type")) in ("longrope", "dynamic"):
+            original = rope.get("original_max_position_embeddings")
+            original = original or config.get("original_max_position_embeddings")
+            if max_tokens > int(original or config.get("max_position_embeddings") or 0):
+                return True
+    return False
 
 
 # ---- workspace
@@ -480,6 +512,11 @@ def packed_score_bytes(config: Mapping[str, Any], tokens: int, item_bytes: int) 
 def logit_bytes(config: Mapping[str, Any], rows: int, *, greedy: bool = False) -> int:
     """Return what choosing the next token of each row takes."""
     return rows * _first(config, "vocab_size") * (GREEDY_LOGIT_BYTES if greedy else LOGIT_BYTES)
+
+
+def scores_kept_bytes(config: Mapping[str, Any], rows: int, item_bytes: int) -> int:
+    """Return the scores of a recorded step, which stay where they are."""
+    return rows * _first(config, "vocab_size") * item_bytes
 
 
 def count_bytes(config: Mapping[str, Any], rows: int) -> int:

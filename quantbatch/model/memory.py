@@ -130,11 +130,14 @@ class Work:
         """
         engine, sampling = spec.engine, spec.sampling
         step_tokens = None
-        if isinstance(engine, ContinuousEngine) and not unpackable(checkpoint.text_config):
+        max_tokens = max_input_tokens + sampling.max_new_tokens
+        packed = isinstance(engine, ContinuousEngine)
+        if packed and not unpackable(checkpoint.text_config, max_tokens):
+            assert isinstance(engine, ContinuousEngine)
             auto = STEP_TOKENS["cpu" if device == "cpu" else "cuda"]
             step_tokens = auto if engine.step_tokens == "auto" else engine.step_tokens
         return cls(
-            max_tokens=max_input_tokens + sampling.max_new_tokens,
+            max_tokens=max_tokens,
             prompt_tokens=max_input_tokens,
             batch_size=None if engine.batch_size == "auto" else engine.batch_size,
             step_tokens=step_tokens,
@@ -276,10 +279,22 @@ class _Load:
             + footprint.packed_score_bytes(config, self.work.max_tokens, item_bytes)
             + footprint.logit_bytes(config, rows, greedy=self.work.greedy)
             + (footprint.count_bytes(config, rows) if self.work.counts_tokens else 0)
+            + self._recorded_bytes(rows)
             # Prompts in pieces gather what a layer has of them, at most all rows' own.
             + footprint.cache_growth_bytes(
                 self._shape, 1, self.work.step_tokens + 2 * self.work.max_tokens
             )
+        )
+
+    def _recorded_bytes(self, rows: int) -> int:
+        """What recorded steps keep for themselves on a card: scores, and a forward's workspace."""
+        if self.device_bytes is None:
+            return 0
+        config, item_bytes = self.checkpoint.text_config, self._item_bytes
+        return (
+            footprint.scores_kept_bytes(config, rows, item_bytes)
+            + footprint.dequantized_bytes(self.weights, self._quantization, rows)
+            + footprint.activation_bytes(config, rows, item_bytes)
         )
 
     def of_length(self, tokens: int) -> _Load:

@@ -42,7 +42,7 @@ def loaded(folder: Path, **fields: Any) -> Any:
 def continuous(model: Any, **changes: Any) -> ContinuousEngine:
     from quantbatch.engine.continuous import ContinuousEngine, EngineLimits
 
-    limits = EngineLimits(rows=32, kv_tokens=8192, step_tokens=256, refill_rows=4)
+    limits = EngineLimits(rows=32, kv_tokens=8192, step_tokens=256, refill_share=1 / 8)
     return ContinuousEngine(model, load_tokenizer(QUICKSTART), replace(limits, **changes))
 
 
@@ -225,7 +225,7 @@ def test_an_engine_stays_within_its_plan(bits: int, rows: int, billion: Path) ->
         rows=rows,
         kv_tokens=plan.kv_tokens,
         step_tokens=2048,
-        refill_rows=max(1, rows // 8),
+        refill_share=1 / 8,
     )
     requests = work(2 * rows, Sampling(), longest=1024)
     assert len(run(engine, requests)) == 2 * rows

@@ -156,7 +156,7 @@ def ways(draw: st.DrawFn) -> Way:
         kv_tokens=draw(st.sampled_from([128, 128, 200, 512, 2048])),
         step_tokens=draw(st.integers(16, 160)),
         block_tokens=block_tokens,
-        refill_rows=draw(st.sampled_from([1, 1, 2, 5])),
+        refill_share=draw(st.sampled_from([0.0, 0.0, 0.3, 0.6])),
         share_prefixes=draw(st.booleans()),
     )
     return Way(limits, draw(st.booleans()), draw(st.integers(0, 2**32)))
@@ -529,7 +529,7 @@ def test_an_answer_is_as_long_as_the_context_has_room_for(llama: Pair, tokenizer
         ([5], {"logit_bias": {319: 1.0, 5000: -1.0}}, "5000|5,000"),
         ([5] * 256, {}, "256"),
         ([5] * 300, {}, "300"),
-        ([5] * 90, {"max_new_tokens": 60}, "90 prompt and 60 new tokens"),
+        ([5] * 90, {"max_new_tokens": 60}, "90 tokens and 60 new ones"),
     ],
 )
 def test_a_bad_request_fails_alone(

@@ -36,7 +36,7 @@ class Setup:
     block_tokens: int
     slots: int
     step_tokens: int
-    refill_rows: int
+    refill_share: float
     share: bool
     lag: bool
     """Tokens are read one step late, as on a card."""
@@ -58,7 +58,7 @@ SETUPS = st.builds(
     block_tokens=st.sampled_from([1, 2, 3, 4, 8, 16]),
     slots=st.integers(1, 8),
     step_tokens=st.integers(1, 64),
-    refill_rows=st.integers(1, 9),
+    refill_share=st.floats(0, 1),
     share=st.booleans(),
     lag=st.booleans(),
     prefixes=st.integers(1, 3),
@@ -90,7 +90,7 @@ class Simulation:
         setup = self.setup
         self.random = random.Random(setup.seed)
         self.scheduler = Scheduler(
-            BlockPool(setup.blocks), slots=setup.slots, refill_rows=setup.refill_rows,
+            BlockPool(setup.blocks), slots=setup.slots, refill_share=setup.refill_share,
             share_prefixes=setup.share, block_tokens=setup.block_tokens,
         )  # fmt: skip
         self.answers: dict[RequestId, list[int]] = {}
@@ -292,7 +292,7 @@ def simulated(setup: Setup) -> Simulation:
 
 
 PLAIN = Setup(
-    seed=1, requests=24, blocks=30, block_tokens=4, slots=6, step_tokens=40, refill_rows=1,
+    seed=1, requests=24, blocks=30, block_tokens=4, slots=6, step_tokens=40, refill_share=0.0,
     share=True, lag=False, prefixes=1, adds=1, trouble=0.0, changing=False,
 )  # fmt: skip
 
@@ -458,7 +458,7 @@ def test_nobody_waits_for_blocks_that_will_not_come(fate: str) -> None:
 
 
 def test_rows_are_admitted_when_enough_places_are_free() -> None:
-    scheduler = scheduler_of(slots=4, refill_rows=2)
+    scheduler = scheduler_of(slots=4, refill_share=0.5)
     scheduler.add(requests(*([[i] for i in range(10)])), None)
     pieces = scheduler.next_step(Limits(4, 100))
     assert len(pieces) == 4
@@ -501,3 +501,26 @@ def test_blocks_of_a_row_are_those_of_its_tokens() -> None:
         for piece in pieces:
             assert len(piece.row.blocks) == blocks_for(piece.end, 4)
         land(scheduler, pieces)
+
+
+def test_a_batch_that_room_bounds_is_refilled_in_groups_too() -> None:
+    """With places to spare, rows that come one by one would each cost a step with a prompt in it."""
+    scheduler = scheduler_of(slots=8, blocks=4, share_prefixes=False, refill_share=0.25)
+    scheduler.add(requests(*([[i] for i in range(9)]), new=3), None)
+    pieces = scheduler.next_step(Limits(8, 100))
+    assert len(pieces) == 4
+    land(scheduler, pieces, pieces[0].row)
+    pieces = scheduler.next_step(Limits(8, 100))
+    assert len(pieces) == 3, "there is room for one more, two are waited for"
+    land(scheduler, pieces, pieces[0].row)
+    assert len(scheduler.next_step(Limits(8, 100))) == 4
+
+
+def test_a_large_first_batch_is_filled_over_several_steps() -> None:
+    scheduler = scheduler_of(slots=8, share_prefixes=False, refill_share=1.0)
+    scheduler.add(requests(*([[i, i, i] for i in range(8)]), new=9), None)
+    running = []
+    for _ in range(8):
+        land(scheduler, scheduler.next_step(Limits(8, 9)))
+        running.append(len(scheduler.running))
+    assert running[-1] == 8

@@ -548,12 +548,20 @@ def test_what_is_drawn_takes_more_than_what_is_likeliest() -> None:
         ({"layer_types": ["full_attention", "sliding_attention"]}, None),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
         ({"kv_lora_rank": 512}, "latent"),
+        ({"model_type": "gpt_oss"}, "attention of its own"),
+        ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 4096}, None),
+        (
+            {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 999},
+            "longest",
+        ),
+        ({"rope_parameters": {"rope_type": "dynamic"}, "max_position_embeddings": 512}, "longest"),
+        ({"rope_parameters": {"rope_type": "llama3"}, "max_position_embeddings": 512}, None),
     ],
 )
 def test_what_no_paged_cache_holds_is_known_from_the_configuration(
     config: dict[str, Any], why: str | None
 ) -> None:
-    found = unpackable({"num_hidden_layers": 2} | config)
+    found = unpackable({"num_hidden_layers": 2} | config, max_tokens=1000)
     assert (found is None) if why is None else (found is not None and why in found)
 
 
