@@ -504,7 +504,7 @@ def test_blocks_of_a_row_are_those_of_its_tokens() -> None:
 
 
 def test_a_batch_that_room_bounds_is_refilled_in_groups_too() -> None:
-    """With places to spare, rows that come one by one would each cost a step with a prompt in it."""
+    """With places to spare, rows that come one by one would each cost a step with a prompt."""
     scheduler = scheduler_of(slots=8, blocks=4, share_prefixes=False, refill_share=0.25)
     scheduler.add(requests(*([[i] for i in range(9)]), new=3), None)
     pieces = scheduler.next_step(Limits(8, 100))
