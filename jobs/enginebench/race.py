@@ -183,6 +183,8 @@ def contenders(name: str, loaded: models.Loaded) -> list[Contender]:
         case "duplicates":
             return [
                 first,
+                Ours(loaded, 32, note=", each row answered"),
+                Ours(loaded, 32, deduplicate=True, note=", equal rows answered once"),
                 Ours(loaded, 64, note=", each row answered"),
                 Ours(loaded, 64, deduplicate=True, note=", equal rows answered once"),
             ]
