@@ -183,9 +183,9 @@ def contenders(name: str, loaded: models.Loaded) -> list[Contender]:
         case "duplicates":
             return [
                 first,
-                Ours(loaded, 32, note=", each row answered"),
+                Ours(loaded, 32, share_prefixes=False, note=", each row answered"),
                 Ours(loaded, 32, deduplicate=True, note=", equal rows answered once"),
-                Ours(loaded, 64, note=", each row answered"),
+                Ours(loaded, 64, share_prefixes=False, note=", each row answered"),
                 Ours(loaded, 64, deduplicate=True, note=", equal rows answered once"),
             ]
         case _:
