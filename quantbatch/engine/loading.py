@@ -6,7 +6,7 @@ Imports torch; a replica calls it in its own process.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,39 +75,53 @@ def load(
         torch.set_num_threads(max(1, int(spec.cluster.cpus_per_replica)))
     checkpoint = open_checkpoint(spec.model.seen_from(folder))
     model = bnb.resolve(checkpoint, spec.model, device)
-    work = Work.of(
-        spec,
-        checkpoint,
-        max_input_tokens=max_tokens - spec.sampling.max_new_tokens,
-        device=torch.device(device).type,
-    )
+    longest_prompt = max_tokens - spec.sampling.max_new_tokens
+    kind = torch.device(device).type
+    work = Work.of(spec, checkpoint, max_input_tokens=longest_prompt, device=kind)
     device_bytes = peak.device_bytes(device, spec.cluster.gpus_per_replica)
     plan = plan_memory(checkpoint, model, work, device_bytes)
     measured = peak.PeakMemory(device)
     loaded = bnb.load(checkpoint, model, device).model
     tokenizer = load_tokenizer(checkpoint.folder)
-    progress: Callable[[], EngineProgress] = EngineProgress
-    why = unpackable(checkpoint.text_config, max_tokens) or ""
-    engine: Engine | None = None
-    if isinstance(options, ContinuousOptions) and plan.step_tokens:
-        try:
-            made = _continuous(loaded, tokenizer, plan, options, max_tokens)
-            engine, progress = made, made.telemetry.take
-        except UnsupportedModelError as error:
-            why = str(error)
-            plan = plan_memory(checkpoint, model, replace(work, step_tokens=None), device_bytes)
-        except torch.OutOfMemoryError as error:
-            raise DoesNotFit(
-                f"the KV cache of {gib(plan.kv_bytes)} does not fit beside the model: {error}",
-                "another process may use the card; see cluster.gpus_per_replica",
-            ) from error
-    if engine is None:
-        if isinstance(options, ContinuousOptions):
-            logger.warning("%s runs on the static engine, which is slower: %s", checkpoint.id, why)
-        engine = StaticEngine(loaded, tokenizer, batch_size=plan.batch_size)
+    made: _Made | None = None
+    if isinstance(options, ContinuousOptions):
+        made = _continuous_or_none(loaded, tokenizer, plan, options, work, checkpoint.text_config)
+    if made is None:
+        plan = plan_memory(checkpoint, model, replace(work, step_tokens=None), device_bytes)
+        made = _Made(StaticEngine(loaded, tokenizer, batch_size=plan.batch_size), EngineProgress)
     if options.deduplicate:
-        engine, progress = _deduplicated(engine, progress)
-    return Loaded(engine, plan.total, measured.peak_bytes, progress)
+        made = _deduplicated(made)
+    return Loaded(made.engine, plan.total, measured.peak_bytes, made.progress)
+
+
+class _Made(NamedTuple):
+    engine: Engine
+    progress: Callable[[], EngineProgress]
+
+
+def _continuous_or_none(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: MemoryPlan,
+    options: ContinuousOptions,
+    work: Work,
+    config: Mapping[str, Any],
+) -> _Made | None:
+    """Make the continuous engine, or say why the static one has to do."""
+    name = type(model).__name__
+    try:
+        if plan.step_tokens is None:
+            raise UnsupportedModelError(unpackable(config, work.max_tokens))
+        engine = _continuous(model, tokenizer, plan, options, work.max_tokens)
+    except UnsupportedModelError as error:
+        logger.warning("%s runs on the static engine, which is slower: %s", name, error)
+        return None
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFit(
+            f"the KV cache of {gib(plan.kv_bytes)} does not fit beside the model: {error}",
+            "another process may use the card; see cluster.gpus_per_replica",
+        ) from error
+    return _Made(engine, engine.telemetry.take)
 
 
 def _continuous(
@@ -155,13 +169,11 @@ def _calibrated(
     return rows
 
 
-def _deduplicated(
-    engine: Engine, progress: Callable[[], EngineProgress]
-) -> tuple[Engine, Callable[[], EngineProgress]]:
-    wrapped = Deduplicated(engine)
+def _deduplicated(made: _Made) -> _Made:
+    wrapped = Deduplicated(made.engine)
 
     def with_copies() -> EngineProgress:
-        found = progress()
+        found = made.progress()
         return replace(found, totals=found.totals | {"copied_answers": wrapped.copied})
 
-    return wrapped, with_copies
+    return _Made(wrapped, with_copies)
