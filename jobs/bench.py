@@ -43,7 +43,9 @@ WORDS = tuple(TEXT.split())
 app = typer.Typer(add_completion=False, help=__doc__)
 Rows = Annotated[list[int], typer.Option(help="Rows of a job; give it several times for several.")]
 Cases = Annotated[list[str], typer.Option(help="WORKLOAD-BITS; give it several times for several.")]
-Only = Annotated[str, typer.Option(help="Part of the names of the contenders to run.")]
+Only = Annotated[
+    str, typer.Option(help="Parts of the names of the contenders to run, with | between them.")
+]
 
 sys.path.append(str(ROOT))  # `python jobs/bench.py` would find only what lies beside it
 

@@ -79,14 +79,18 @@ def race(
         rows: Rows of the workload.
         repetitions: Rounds.
         threads: Threads of the model's operations.
-        only: Part of the names of the contenders that run; the first one always does.
+        only: Parts of the names of the contenders that run, with `|` between them; the first one
+            always does.
     """
     torch.set_num_threads(threads)
     name, _, bits = case.partition("-")
     loaded = models.load(folder, int(bits))
     work = workload.make(name, loaded.tokenizer, rows)
     first, *others = contenders(name, loaded)
-    lanes = [Lane(first), *(Lane(other) for other in others if only in other.name)]
+    lanes = [
+        Lane(first),
+        *(Lane(other) for other in others if any(part in other.name for part in only.split("|"))),
+    ]
     compete(lanes, work, repetitions)
     return {
         "case": case,
@@ -106,7 +110,8 @@ def race_outside(
         rows: Rows of the workload.
         repetitions: Rounds.
         threads: Threads of each engine.
-        only: Part of the names of the contenders that run; the first one always does.
+        only: Parts of the names of the contenders that run, with `|` between them; the first one
+            always does.
     """
     torch.set_num_threads(threads)
     loaded = models.load(folder, 32)
@@ -116,7 +121,10 @@ def race_outside(
         Ours(loaded, 64),
         *outside.installed(loaded, folder, threads),
     ]
-    lanes = [Lane(first), *(Lane(other) for other in others if only in other.name)]
+    lanes = [
+        Lane(first),
+        *(Lane(other) for other in others if any(part in other.name for part in only.split("|"))),
+    ]
     compete(lanes, work, repetitions)
     return {
         "threads": threads,
