@@ -16,6 +16,7 @@ What a model may ask for beyond scale, window and softcap is refused (`Unsupport
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ from quantbatch.engine.kvstore import AttentionOptions
 from quantbatch.model.footprint import QUERY_BLOCK
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from quantbatch.engine.kvstore import KvStore
@@ -74,16 +77,13 @@ def install() -> None:
     hf.AttentionInterface.register(NAME, attend)
 
 
-class attending:  # noqa: N801 - used as a function
-    """Attention calls within go to this store."""
-
-    def __init__(self, store: KvStore) -> None:
-        self._store = store
-
-    def __enter__(self) -> None:
-        _current.store = self._store
-
-    def __exit__(self, *_: object) -> None:
+@contextlib.contextmanager
+def attending(store: KvStore) -> Iterator[None]:
+    """Let attention calls within go to this store."""
+    _current.store = store
+    try:
+        yield
+    finally:
         del _current.store
 
 

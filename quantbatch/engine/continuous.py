@@ -158,13 +158,7 @@ class ContinuousEngine:
             max(2, limits.rows) + 1, dtype=torch.long, device=self._device
         )
         """The newest token of each place, for steps that are launched before it is read."""
-        self._recorded = (
-            RecordedSteps(self._forward, self._last_tokens_S, limits.rows)
-            if isinstance(self._forward.store, PagedStore)
-            and self._forward.store.has_triton
-            and limits.record_steps
-            else None
-        )
+        self._recorded = self._make_recorded()
         self._sampler = Sampler(slots=limits.rows, endings=self._endings, device=self._device)
         self._backoff = Backoff(Limits(limits.rows, limits.step_tokens))
         self.telemetry = Telemetry(time.perf_counter())
@@ -196,6 +190,12 @@ class ContinuousEngine:
             device=self._device,
             block_tokens=page,
         )
+
+    def _make_recorded(self) -> RecordedSteps | None:
+        store, limits = self._forward.store, self._limits
+        if not isinstance(store, PagedStore) or not store.has_triton or not limits.record_steps:
+            return None
+        return RecordedSteps(self._forward, store, self._last_tokens_S, limits.rows)
 
     @property
     def totals(self) -> Totals:

@@ -48,14 +48,17 @@ class RecordedSteps:
     """Replays steps in which every row computes its newest token.
 
     Args:
-        forward: Runs the model; its store is paged.
+        forward: Runs the model.
+        store: Its keys and values.
         last_tokens_S: The newest token of each slot, on the card, with one for padding.
         rows: Most rows of a step.
     """
 
-    def __init__(self, forward: Forward, last_tokens_S: Tensor, rows: int) -> None:
+    def __init__(
+        self, forward: Forward, store: PagedStore, last_tokens_S: Tensor, rows: int
+    ) -> None:
         self._forward = forward
-        self._store: PagedStore = forward.store  # type: ignore[assignment]
+        self._store = store
         self._last_tokens_S = last_tokens_S
         self._sizes = [size for size in SIZES if size < rows] + [rows]
         self._recorded: dict[int, _Recorded] = {}

@@ -14,9 +14,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typing_extensions import override
 
 from quantbatch.engine.attention import NAME, UnsupportedModelError
 from quantbatch.engine.continuous import ContinuousEngine, EngineLimits
+from quantbatch.engine.paged import PagedStore
 from quantbatch.engine.static import StaticEngine
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.records import Answer, Completion, Failure, FinishReason, Request, RequestId
@@ -41,6 +43,8 @@ from tests.integration.llama import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
+
+    from quantbatch.engine.kvstore import KvStore
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 ROOMY = EngineLimits(rows=8, kv_tokens=4096, step_tokens=128)
@@ -209,6 +213,34 @@ def test_all_of_them_at_once(
     assert run(engine, mixed(300)) == llama_answers
     assert engine.totals.finished == 300
     assert engine.totals.reused_tokens > 1000
+    check_empty(engine)
+
+
+class InPages(ContinuousEngine):
+    """Keeps keys and values in pages, as on a card, and gathers them, as where Triton is not."""
+
+    @override
+    def _make_store(self) -> KvStore:
+        return PagedStore(
+            slots=max(2, self._limits.rows),
+            blocks=self._pool.size,
+            row_blocks=self._pool.size,
+            device=self._device,
+            block_tokens=self._limits.block_tokens,
+        )
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_pages_give_the_same_answers(
+    llama: Pair, tokenizer: Any, llama_answers: dict[RequestId, Answer], late: bool
+) -> None:
+    llama.packed.set_attn_implementation(llama.plain.config._attn_implementation)
+    engine = InPages(llama.packed, tokenizer, EngineLimits(rows=7, kv_tokens=320, step_tokens=48))
+    engine._overlaps = late
+    found = run(engine, mixed(300)[:120])
+    assert found == {key: llama_answers[key] for key in found}
+    assert len(found) == 120
+    assert engine.totals.reused_tokens > 0
     check_empty(engine)
 
 
