@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 TUNING: dict[str, Any] = {"tuning": True}
 """Mark of a field that changes how a job runs and not what it writes: resume accepts another
@@ -90,6 +93,10 @@ class FourBit(Section):
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type that weights are expanded to for multiplying; `auto` is bfloat16 where the hardware has
     it (Ampere and later, CPUs with AVX512-BF16), else float32 on a CPU and float16 on a card."""
+    storage_dtype: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
+        "uint8", json_schema_extra=TUNING
+    )
+    """Type that the codes are packed into; it changes neither their size nor any answer."""
     skip_modules: list[str] = []
     """Names of linear layers to leave in 16 bits, besides the library's own list (lm_head)."""
 
@@ -111,13 +118,35 @@ class Model(Section):
     revision: str | None = None
     """Commit, tag or branch of a repository; the commit that it stands for is recorded. Pin a
     commit for anything that runs on a schedule."""
-    bits: Literal[4, 8, 16, 32] | None = None
+    file: str | None = None
+    """A GGUF file in the folder or repository, such as model-q4_k_m.gguf; null: safetensors."""
+    bits: Literal[4, 8, 16, 32, "auto"] | None = None
     """Short form: 4 is nf4 with double quantization, 8 is int8 with threshold 6, 16 the
-    checkpoint's own 16-bit type, 32 float32."""
+    checkpoint's own 16-bit type, 32 float32. `auto` is the widest of 16, 8 and 4 that fits the card
+    with a useful batch; it is chosen when the job is first planned, and stays."""
     quantization: Quantization | None = None
     """Long form, for options other than those that `bits` stands for."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of the weights that are not quantized; `auto` is the checkpoint's own."""
+    allow_dequantize: bool = False
+    """Load a checkpoint in a format that is expanded to 16 bits here, though it then takes as much
+    memory as the original."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a repository. It can do all that you can; so `revision`
+    has to pin the commit that you read."""
+    cache: str | None = Field(None, json_schema_extra=TUNING)
+    """A folder, local or s3://, that keeps quantized weights: the first replica quantizes, later
+    ones and other jobs load a third of the bytes."""
+    cache_storage: Storage = Storage()
+
+    @model_validator(mode="after")
+    def _remote_code_is_pinned(self) -> Self:
+        if self.trust_remote_code and not COMMIT.fullmatch(self.revision or ""):
+            raise ValueError(
+                "trust_remote_code runs code of a repository: pin it, with model.revision as a"
+                " commit of 40 hexadecimal digits"
+            )
+        return self
 
     @model_validator(mode="after")
     def _bits_and_quantization_agree(self) -> Self:
@@ -143,6 +172,7 @@ class Model(Section):
         """Return the long form: `quantization` set, `bits` null."""
         if self.quantization is not None:
             return self
+        assert self.bits != "auto", "chosen by `preflight`, which knows model and card"
         chosen = {4: FourBit(), 8: Int8()}.get(self.bits or 16, Unquantized())
         dtype = "float32" if self.bits == 32 else self.dtype
         return self.model_copy(update={"quantization": chosen, "bits": None, "dtype": dtype})
@@ -359,6 +389,9 @@ class Cluster(Section):
     """Memory of one card in GiB as torch reports it, for planning without one: a card sold as 24 GB
     has about 23.6, an L4 or A10G about 22. Null: each replica asks its card, and the plan gives no
     verdict."""
+    card: str | None = Field(None, json_schema_extra=TUNING)
+    """Name of the card, such as RTX 4090 or L4, instead of `gpu_memory_gib`; `quantbatch plan
+    --card` plans for another one."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = Field(1, json_schema_extra=TUNING)
     """CPU cores that one replica takes when it runs without a card."""
     cpu_fallback: bool = Field(False, json_schema_extra=TUNING)
@@ -373,6 +406,12 @@ class Cluster(Section):
     """Chunks that a replica works on at once, so that its batch stays full across their ends;
     `auto` is as many as hold 1,024 rows, and at most half of a replica's share of the job, so that
     the last chunks go to whichever replica is free."""
+
+    @model_validator(mode="after")
+    def _one_size_of_card(self) -> Self:
+        if self.card is not None and self.gpu_memory_gib is not None:
+            raise ValueError("give either card or gpu_memory_gib, not both")
+        return self
 
 
 class Output(Section):
@@ -419,6 +458,14 @@ class JobSpec(Section):
     cluster: Cluster = Cluster()
     output: Output
     limits: Limits = Limits()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_engine(cls, data: Any) -> Any:  # noqa: ANN401 - whatever the YAML holds
+        """Let `engine` be set without saying which, if it is the usual one."""
+        if isinstance(data, dict) and isinstance(engine := data.get("engine"), dict):
+            return data | {"engine": {"kind": "continuous"} | engine}
+        return data
 
     def resolved(self) -> JobSpec:
         """Return the spec with its short forms written out, as it is logged, saved and

@@ -21,7 +21,7 @@ import transformers
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.prompts.tokens import load_tokenizer
 from quantbatch.spec import FourBit, Model
-from quantbatch.weights import bnb
+from quantbatch.weights import loading
 
 hf: Any = transformers
 
@@ -86,7 +86,7 @@ def load(folder: Path, bits: int) -> Loaded:
             )
         case _:
             raise ValueError(f"bits is 32 or 4, not {bits}")
-    loaded = bnb.load(open_checkpoint(spec), spec, "cpu")
+    loaded = loading.load(open_checkpoint(spec), spec, "cpu")
     assert loaded.compute_dtype == "float32"
     # A copy: the engines share the tokenizer with nobody who sets its padding side.
     tokenizer = hf.AutoTokenizer.from_pretrained(folder, padding_side="left")

@@ -24,7 +24,8 @@ from quantbatch.model.memory import Work, gib, plan_memory
 from quantbatch.prompts.tokens import load_tokenizer
 from quantbatch.records import EngineProgress
 from quantbatch.spec import ContinuousEngine as ContinuousOptions
-from quantbatch.weights import bnb, peak
+from quantbatch.weights import dtypes, peak
+from quantbatch.weights import loading as weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,14 +75,14 @@ def load(
         # torch would take every core of the machine for each replica on it.
         torch.set_num_threads(max(1, int(spec.cluster.cpus_per_replica)))
     checkpoint = open_checkpoint(spec.model.seen_from(folder))
-    model = bnb.resolve(checkpoint, spec.model, device)
+    model = dtypes.resolve(checkpoint, spec.model, device)
     longest_prompt = max_tokens - spec.sampling.max_new_tokens
     kind = torch.device(device).type
     work = Work.of(spec, checkpoint, max_input_tokens=longest_prompt, device=kind)
     device_bytes = peak.device_bytes(device, spec.cluster.gpus_per_replica)
     plan = plan_memory(checkpoint, model, work, device_bytes)
     measured = peak.PeakMemory(device)
-    loaded = bnb.load(checkpoint, model, device).model
+    loaded = weights.load(checkpoint, model, device).model
     tokenizer = load_tokenizer(checkpoint.folder)
     made: _Made | None = None
     if isinstance(options, ContinuousOptions):

@@ -1,4 +1,4 @@
-"""Loading weights: one file for each way."""
+"""Loading weights: `loading.py` is where to begin, and there is one file for each way."""
 
 import logging
 

@@ -32,11 +32,11 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart" / "model"
 
 
 def loaded(folder: Path, **fields: Any) -> Any:
-    from quantbatch.weights import bnb
+    from quantbatch.weights import dtypes, loading
 
     model = Model.model_validate({"id": str(folder), **fields}).resolved()
     checkpoint = open_checkpoint(model)
-    return bnb.load(checkpoint, bnb.resolve(checkpoint, model, "cuda"), "cuda").model
+    return loading.load(checkpoint, dtypes.resolve(checkpoint, model, "cuda"), "cuda").model
 
 
 def continuous(model: Any, **changes: Any) -> ContinuousEngine:

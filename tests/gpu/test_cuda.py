@@ -36,11 +36,11 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def engine_of(folder: Path, fields: dict[str, Any], batch_size: int) -> StaticEngine:
     from quantbatch.engine.static import StaticEngine
-    from quantbatch.weights import bnb
+    from quantbatch.weights import dtypes, loading
 
     model = Model.model_validate({"id": str(folder), **fields}).resolved()
     checkpoint = open_checkpoint(model)
-    loaded = bnb.load(checkpoint, bnb.resolve(checkpoint, model, "cuda"), "cuda")
+    loaded = loading.load(checkpoint, dtypes.resolve(checkpoint, model, "cuda"), "cuda")
     return StaticEngine(loaded.model, load_tokenizer(QUICKSTART), batch_size=batch_size)
 
 

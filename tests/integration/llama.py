@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.spec import Model
-from quantbatch.weights.bnb import load
+from quantbatch.weights.loading import load
 
 if TYPE_CHECKING:
     from pathlib import Path

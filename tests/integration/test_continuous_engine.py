@@ -24,7 +24,7 @@ from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.records import Answer, Completion, Failure, FinishReason, Request, RequestId
 from quantbatch.runner import Runner
 from quantbatch.spec import FourBit, Int8, Model, Sampling
-from quantbatch.weights import bnb
+from quantbatch.weights import loading
 from tests.integration.llama import (
     END,
     HIDDEN,
@@ -344,7 +344,7 @@ def test_quantized_models_answer_alike_but_for_ties(
     folder: Path, tokenizer: Any, kind: str
 ) -> None:
     model = QUANTIZED[kind].model_copy(update={"id": str(folder)})
-    pair = Pair(*(bnb.load(open_checkpoint(model), model, "cpu").model for _ in range(2)))
+    pair = Pair(*(loading.load(open_checkpoint(model), model, "cpu").model for _ in range(2)))
     requests = mixed(40, seed=3)
     expected = oracle(pair, tokenizer, requests)
     found = run(engine_of(pair, tokenizer, replace(ROOMY, kv_tokens=400, step_tokens=64)), requests)

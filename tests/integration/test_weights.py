@@ -19,8 +19,9 @@ from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.model.footprint import kv_shape, weigh
 from quantbatch.model.memory import Work, plan_memory
 from quantbatch.spec import FourBit, Int8, Model, Unquantized
-from quantbatch.weights import bnb
-from quantbatch.weights.bnb import LoadedModel, load, resolve
+from quantbatch.weights import bnb, loading
+from quantbatch.weights.dtypes import resolve
+from quantbatch.weights.loading import LoadedModel, load
 from quantbatch.weights.peak import PeakMemory
 from tests.integration.llama import make_llama, make_model
 
@@ -123,7 +124,7 @@ def test_more_weights_than_planned_are_reported(
 ) -> None:
     model = Model(id=str(untied), bits=16)
     monkeypatch.setattr(
-        bnb, "weigh", lambda checkpoint, _: weigh(checkpoint, Model(id="x", bits=4))
+        loading, "weigh", lambda checkpoint, _: weigh(checkpoint, Model(id="x", bits=4))
     )
     load(open_checkpoint(model), model, "cpu")
     assert "MiB were planned" in caplog.text

@@ -64,7 +64,7 @@ def test_a_spec_is_loaded(tmp_path: Path) -> None:
         (
             "bits: 4",
             "bits: 5",
-            "6: model.bits: 5: should be 4, 8, 16 or 32",
+            "6: model.bits: 5: should be 4, 8, 16, 32 or 'auto'",
             "Short form: 4 is nf4",
         ),
         (
@@ -318,7 +318,7 @@ def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
         ("model.bits", "not of the form a.b=value"),
         ("=3", "not of the form a.b=value"),
         ("model..bits=3", "not of the form a.b=value"),
-        ("model.bits=five", 'model.bits: "five": should be 4, 8, 16 or 32'),
+        ("model.bits=five", "model.bits: \"five\": should be 4, 8, 16, 32 or 'auto'"),
         ("modle.bits=4", "there is no field modle"),
         ("name.x=4", "name is a value and has no fields"),
         ("output.keep=[a, 3]", "output.keep.1: 3: should be a valid string"),

@@ -1,0 +1,70 @@
+"""Loading a model as a job asks: at 4 or 8 bits, or as it is."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, NamedTuple
+
+from quantbatch.model.footprint import weigh
+from quantbatch.model.memory import gib
+from quantbatch.spec import FourBit, Int8
+from quantbatch.weights import bnb, pretrained
+from quantbatch.weights.dtypes import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from quantbatch.model.checkpoint import Checkpoint
+    from quantbatch.spec import Model
+
+logger = logging.getLogger(__name__)
+
+
+class LoadedModel(NamedTuple):
+    """A model in memory, ready for inference."""
+
+    model: PreTrainedModel
+    device: str
+    compute_dtype: str
+    """Type that matrices are multiplied in: `bfloat16`, `float16` or `float32`."""
+    weight_bytes: int
+    """What its parameters take, the scales of quantized ones included."""
+
+
+def load(checkpoint: Checkpoint, model: Model, device: str) -> LoadedModel:
+    """Load a model onto a device.
+
+    Args:
+        checkpoint: The model's files.
+        model: How to load it; types that are `auto` are chosen for the device, see `resolve`.
+        device: `cpu`, `cuda` or `cuda:<number>`.
+
+    Raises:
+        ModelError: The files don't make the model that the configuration describes.
+        DoesNotFit: The weights alone are more than the device has room for.
+    """
+    model = resolve(checkpoint, model, device)
+    assert model.dtype != "auto"
+    config = pretrained.load_config(checkpoint)
+    arguments = {}
+    if checkpoint.quantized is None and isinstance(model.quantization, Int8 | FourBit):
+        arguments["quantization_config"] = bnb.quantization_config(model.quantization, config)
+    loaded = pretrained.load_pretrained(
+        checkpoint, config, dtype=model.dtype, device=device, **arguments
+    )
+    compute_dtype = bnb.settle_four_bit_layers(loaded, model, device)
+    weight_bytes = bnb.parameter_bytes(loaded)
+    _compare_with_plan(weight_bytes, checkpoint, model)
+    return LoadedModel(loaded, device, compute_dtype, weight_bytes)
+
+
+def _compare_with_plan(weight_bytes: int, checkpoint: Checkpoint, model: Model) -> None:
+    """Say so if a model has layers that the plan took for others: it knows them by name only."""
+    planned = weigh(checkpoint, model).total_bytes
+    if weight_bytes > 1.01 * planned:
+        logger.warning(
+            "the weights of %s take %s, %s were planned",
+            checkpoint.id,
+            gib(weight_bytes),
+            gib(planned),
+        )
