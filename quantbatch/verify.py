@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from quantbatch.comparison import Claims, Comparison, Part, Problem, Problems, our_fields
 from quantbatch.errors import InputError
 from quantbatch.records import Counts
 from quantbatch.reread import InputRows, Unreadable, open_parquet
 from quantbatch.storage import PRIVATE, open_store, redact
+from quantbatch.verify_rows import Claims, Part, Problem, Problems, SideBySide, our_fields
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -98,23 +98,23 @@ def verify(spec: JobSpec) -> Verdict:
     ours = {field.name for field in our_fields(spec)}
     rows = InputRows(spec.input, pa.schema([f for f in schema if f.name not in ours]))
     files_in = len(rows.left)
-    comparison = Comparison(spec, store, rows, claims, problems)
+    both = SideBySide(spec, store, rows, claims, problems)
     for part in parts:
-        comparison.read(part, schema)
-    comparison.end(parts)
-    if claims.counts and claims.counts != comparison.counts:
+        both.read(part, schema)
+    both.end(parts)
+    if claims.counts and claims.counts != both.counts:
         said = f"_SUCCESS says {claims.counts.to_json()}, the files have "
-        problems.note("counts that are wrong", f"{said}{comparison.counts.to_json()}")
+        problems.note("counts that are wrong", f"{said}{both.counts.to_json()}")
     return Verdict(
         name=spec.name,
         output=redact(store.uri),
         finished=claims.finished,
-        rows_in=comparison.rows_in,
+        rows_in=both.rows_in,
         files_in=files_in,
-        rows_out=comparison.counts.rows,
+        rows_out=both.counts.rows,
         files_out=len(parts),
-        rows_left=comparison.rows_left,
-        counts=comparison.counts,
+        rows_left=both.rows_left,
+        counts=both.counts,
         problems=problems.found(),
     )
 

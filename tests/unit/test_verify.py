@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from quantbatch import rows
-from quantbatch.comparison import MAX_SEARCHES
 from quantbatch.errors import InputError
 from quantbatch.input import listing, sources
 from quantbatch.input.sources import read_slice
@@ -23,6 +22,7 @@ from quantbatch.records import Completion, Failure, FinishReason, RequestId, Tok
 from quantbatch.reread import WINDOW
 from quantbatch.spec import JobSpec
 from quantbatch.verify import Verdict, verify
+from quantbatch.verify_rows import MAX_SEARCHES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -141,7 +141,7 @@ class _Ids:
         return pa.concat_arrays([pa.array([], pa.string()), *self.held])
 
 
-class Comparison:
+class SideBySide:
     """Goes through input and output side by side.
 
     Args:
