@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import shlex
 import sys
 import traceback
@@ -57,6 +58,12 @@ Overrides = Annotated[
 Extend = Annotated[
     bool,
     typer.Option("--extend", help="Add input files that came after the job was planned."),
+]
+OnCard = Annotated[
+    str | None,
+    typer.Option(
+        "--card", metavar="NAME", help="Plan for this card, such as 'RTX 4090', L4 or A100-80G."
+    ),
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="End stdout with one JSON document on a line.")
@@ -160,6 +167,13 @@ def _leave(document: dict[str, object], as_json: bool) -> NoReturn:
     raise typer.Exit(code)
 
 
+def _card_fields(card: str | None) -> list[str]:
+    """Return what `--card` sets in the spec."""
+    if card is None:
+        return []
+    return ["cluster.gpu_memory_gib=null", f"cluster.card={json.dumps(card)}"]
+
+
 def _load(path: Path, overrides: Sequence[str] | None) -> JobSpec:
     from quantbatch.specfile import load_spec
 
@@ -189,11 +203,15 @@ def run(
 
 @app.command()
 def plan(
-    spec: SpecPath, overrides: Overrides = None, extend: Extend = False, as_json: AsJson = False
+    spec: SpecPath,
+    card: OnCard = None,
+    overrides: Overrides = None,
+    extend: Extend = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a run would do, and whether the model fits the card. Writes nothing."""
     with _outcome(as_json):
-        job = _load(spec, overrides)
+        job = _load(spec, [*(overrides or ()), *_card_fields(card)])
         from quantbatch.documents import describe_plan
         from quantbatch.preflight import prepare
 
@@ -308,8 +326,6 @@ def schema() -> None:
 
 
 def _schema_text() -> str:
-    import json
-
     from quantbatch.spec import json_schema
 
     return json.dumps(json_schema(), indent=2) + "\n"

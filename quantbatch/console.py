@@ -242,10 +242,10 @@ def _memory(memory: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     parts = ("weights", "kv", "workspace", "overhead", "reserve")
     sizes = [f"{name} {size(memory[f'{name}_bytes'])}" for name in parts]
     per_token = f"{memory['kv_bytes_per_token'] / 1024:g} KiB a token"
-    verdict = {
-        True: f"fits the {size(memory['device_bytes'] or 0)} of a replica's card",
-        None: "no verdict, since cluster.gpu_memory_gib is not set: each replica asks its device",
-    }[memory["fits"]]
+    verdict = "no verdict, since cluster.card is not set: each replica asks its device"
+    if memory["fits"]:
+        card = memory["card"] or "a replica's card"
+        verdict = f"fits the {size(memory['device_bytes'])} of {card}"
     at_once = f"at most {several(memory['batch_size'], 'row')} at once"
     if memory["step_tokens"]:
         at_once += f", {memory['step_tokens']:,} tokens a step"

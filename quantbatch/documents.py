@@ -102,6 +102,7 @@ def _describe_memory(job: Job) -> dict[str, Any]:
         "static_because": unpackable(job.checkpoint.text_config, memory_tokens)
         if continuous
         else None,
+        "card": job.card.name if job.card else None,
         "device_bytes": memory.device_bytes,
         "fits": None if memory.device_bytes is None else memory.fits,
     }

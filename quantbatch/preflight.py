@@ -10,11 +10,10 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantbatch import rows, storage
+from quantbatch import rows, sizing, storage
 from quantbatch.errors import InputError, JobError, Refused, SpecError
 from quantbatch.input import keys, listing
 from quantbatch.ledger import Ledger
-from quantbatch.model import memory
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.plan import Plan, make_plan
 from quantbatch.prompts import rendering
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from quantbatch.input.listing import InputFile, Listing
     from quantbatch.ledger import OutputFormat
+    from quantbatch.model.cards import Card
     from quantbatch.model.checkpoint import Checkpoint
     from quantbatch.model.memory import MemoryPlan
     from quantbatch.spec import JobSpec
@@ -47,6 +47,8 @@ class Job:
     """What the output's frozen plan lacks; None if the output has the whole plan."""
     memory: MemoryPlan | None
     """None for an engine without a model."""
+    card: Card | None
+    """The card that `memory` is planned for; None if it is not known, or there is none."""
     max_input_tokens: int
     kept: tuple[str, ...]
     target: OutputFormat
@@ -92,7 +94,8 @@ def prepare(spec: JobSpec, *, extend: bool = False) -> Job:
     rendering.compile_templates(spec.prompt)
     rendering.require_chat_template(spec.prompt, checkpoint.chat_template)
     max_input_tokens = input_limit(spec, checkpoint)
-    fits = _memory(spec, checkpoint, max_input_tokens)
+    card = sizing.card_of(spec)
+    fits = sizing.fit(spec, checkpoint, max_input_tokens, card)
     ledger = Ledger.open(spec, checkpoint.digest)
     listed = _listing(spec, ledger)
     plan, new = _whole_plan(spec, ledger, listed, extend=extend)
@@ -110,6 +113,7 @@ def prepare(spec: JobSpec, *, extend: bool = False) -> Job:
         plan=plan,
         new_generation=new,
         memory=fits,
+        card=card,
         max_input_tokens=max_input_tokens,
         kept=kept,
         target=target,
@@ -200,18 +204,6 @@ def input_limit(spec: JobSpec, checkpoint: Checkpoint) -> int:
             )
         )
     return asked
-
-
-def _memory(spec: JobSpec, checkpoint: Checkpoint, max_input_tokens: int) -> MemoryPlan | None:
-    if spec.engine.kind == "echo":
-        return None
-    card = spec.cluster.gpu_memory_gib
-    on_gpu = spec.cluster.gpus_per_replica > 0
-    share = min(spec.cluster.gpus_per_replica, 1)
-    device = "cuda" if on_gpu else "cpu"
-    work = memory.Work.of(spec, checkpoint, max_input_tokens=max_input_tokens, device=device)
-    device_bytes = int(card * share * 2**30) if card and on_gpu else None
-    return memory.plan_memory(checkpoint, spec.model, work, device_bytes)
 
 
 def _whole_plan(

@@ -14,7 +14,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from quantbatch.model import cards
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -406,6 +408,13 @@ class Cluster(Section):
     """Chunks that a replica works on at once, so that its batch stays full across their ends;
     `auto` is as many as hold 1,024 rows, and at most half of a replica's share of the job, so that
     the last chunks go to whichever replica is free."""
+
+    @field_validator("card")
+    @classmethod
+    def _card_is_known(cls, value: str | None) -> str | None:
+        if value is not None:
+            cards.find(value)
+        return value
 
     @model_validator(mode="after")
     def _one_size_of_card(self) -> Self:

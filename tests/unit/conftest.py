@@ -1,5 +1,5 @@
-"""What unit tests share: no waiting for a disk. That data is synced is tested by counting the
-calls."""
+"""What unit tests share: no waiting for a disk, and no card. That data is synced is tested by
+counting the calls."""
 
 from __future__ import annotations
 
@@ -14,3 +14,9 @@ def quick_disk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", synced.append)
     return synced
+
+
+@pytest.fixture(autouse=True)
+def no_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a machine without cards, whatever it has."""
+    monkeypatch.setattr("quantbatch.model.thiscard.local_cards", list)

@@ -23,6 +23,7 @@ from quantbatch.errors import InputError, JobError, Refused, Stopped
 from quantbatch.input.listing import list_input
 from quantbatch.input.sources import read_slice
 from quantbatch.ledger import commit_chunk, publish_shard
+from quantbatch.model.cards import find
 from quantbatch.preflight import Job, prepare
 from quantbatch.records import Completion, Counts, FinishReason, ReplicaStats, RequestId
 from quantbatch.report import Outcome, RunFigures, RunReport
@@ -169,6 +170,30 @@ def test_plan_gives_a_verdict_on_memory(folder: Path) -> None:
     assert document(result)["outcome"] == "does_not_fit"
     assert result.exit_code == 3
     assert "does not fit" in result.stderr
+
+
+def test_plan_for_a_card_by_its_name(folder: Path) -> None:
+    static = ("--set", "engine.kind=static")
+    found = document(call("plan", "job.yaml", "--json", *static, "--card", "nvidia l4"))
+    assert (found["memory"]["card"], found["memory"]["fits"]) == ("L4", True)
+    assert found["memory"]["device_bytes"] == int(22.03 * 2**30)
+    given = ("--set", "cluster.gpu_memory_gib=1", "--card", "L4")
+    assert "fits the 22.03 GiB of L4" in call("plan", "job.yaml", *static, *given).stdout
+    result = call("plan", "job.yaml", "--card", "RTX 4091")
+    assert result.exit_code == 2
+    assert "cluster.card: 'RTX 4091' is no card that is known here; did you mean RTX 4090" in (
+        result.stderr
+    )
+
+
+def test_plan_for_the_card_of_this_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [find("A100 80GB"), find("L4")]
+    monkeypatch.setattr("quantbatch.model.thiscard.local_cards", lambda: cards)
+    static = ("--set", "engine.kind=static")
+    assert document(call("plan", "job.yaml", "--json", *static))["memory"]["card"] == "L4"
+    for elsewhere in ("cluster.address=ray://head:10001", "cluster.gpus_per_replica=0"):
+        found = document(call("plan", "job.yaml", "--json", *static, "--set", elsewhere))
+        assert found["memory"]["fits"] is None
 
 
 def test_plan_tells_what_is_done(folder: Path) -> None:
