@@ -195,6 +195,8 @@ class ContinuousEngine:
         store, limits = self._forward.store, self._limits
         if not isinstance(store, PagedStore) or not store.has_triton or not limits.record_steps:
             return None
+        if len({each.device for each in self._forward.model.parameters()}) > 1:
+            return None  # a graph belongs to one card
         return RecordedSteps(self._forward, store, self._last_tokens_S, limits.rows)
 
     @property

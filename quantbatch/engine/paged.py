@@ -4,12 +4,16 @@ The pool is allocated once, layer by layer at a layer's first use, with one page
 blocks: what pads a batch of a recorded step writes there. The block tables of all slots stay on the
 card and only what is new of them is sent, so that a recorded step finds them where they always are.
 
+Where a model's layers are spread over several cards, each layer's pages are on its own card; the
+tables are kept on the first, and the others get a copy when a step first reaches them.
+
 Shapes: N blocks, P tokens of a block, K key-value heads, H query heads, D sizes, S slots, W blocks
 of the longest row, T tokens of the packed sequence, R rows with a single token, I items of queries.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +31,15 @@ if TYPE_CHECKING:
     from quantbatch.engine.paged_attention import Queries
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a card needs to know of a step to attend."""
+
+    table_SW: Tensor
+    places_T: Tensor
+    queries: list[Queries] = field(default_factory=list)
+
+
 class PagedStore(KvStore):
     """See `KvStore`.
 
@@ -34,7 +47,7 @@ class PagedStore(KvStore):
         slots: Places in the batch; there is one more for padding.
         blocks: Blocks of the pool.
         row_blocks: Blocks of the longest row.
-        device: The card.
+        device: The card, or the first of them.
         block_tokens: Tokens of a block.
     """
 
@@ -55,8 +68,8 @@ class PagedStore(KvStore):
             (slots + 1, row_blocks), blocks, dtype=torch.int32, device=device
         )
         self._spans: Sequence[Span] = []
-        self._places_T = torch.empty(0, dtype=torch.long, device=device)
-        self._queries: list[Queries] = []
+        self._step = _Step(self._table_SW, torch.empty(0, dtype=torch.long, device=device))
+        self._copies: dict[torch.device, _Step] = {}
         self._singles = 0
         self.has_triton = _has_triton()
 
@@ -66,8 +79,8 @@ class PagedStore(KvStore):
     def begin(self, spans: Sequence[Span]) -> None:
         self.update_tables(spans)
         self._spans = spans
-        self._places_T = self._send([place for span in spans for place in self._places(span)])
-        self._queries = []
+        places = [place for span in spans for place in self._places(span)]
+        self._step, self._copies = _Step(self._table_SW, self._send(places)), {}
         self._singles = sum(span.end - span.start == 1 for span in spans)
         assert all(s.end - s.start == 1 for s in spans[: self._singles]), "singles come first"
 
@@ -78,12 +91,11 @@ class PagedStore(KvStore):
         count = slots_R.shape[0]
         offsets_R = torch.arange(count, device=self._device)
         ones_R = torch.ones_like(offsets_R)
-        self._spans, self._singles, self._places_T = [], count, places_R
-        self._queries = [
-            paged_attention.Queries(
-                slots_R, offsets_R, positions_R, ones_R, paged_attention.SINGLE_ROWS
-            )
-        ]
+        self._spans, self._singles = [], count
+        queries = paged_attention.Queries(
+            slots_R, offsets_R, positions_R, ones_R, paged_attention.SINGLE_ROWS
+        )
+        self._step, self._copies = _Step(self._table_SW, places_R, [queries]), {}
 
     def update_tables(self, spans: Sequence[Span]) -> None:
         """Send what is new of the block tables of these rows."""
@@ -122,39 +134,57 @@ class PagedStore(KvStore):
     ) -> Tensor:
         if layer not in self._pages:
             self._pages[layer] = self._new_pages(k_1KTD), self._new_pages(v_1KTD)
-        pages = self._pages[layer]
+        pages, step = self._pages[layer], self._step_on(q_1HTD.device)
         for pages_NPKD, new_1KTD in zip(pages, (k_1KTD, v_1KTD), strict=True):
-            pages_NPKD.flatten(0, 1).index_copy_(0, self._places_T, new_1KTD[0].transpose(0, 1))
+            pages_NPKD.flatten(0, 1).index_copy_(0, step.places_T, new_1KTD[0].transpose(0, 1))
         if not self.has_triton:
-            return self._gathered(pages, q_1HTD, options)
-        return self._in_triton(pages, q_1HTD[0].transpose(0, 1), options)[None]
+            return self._gathered(pages, step, q_1HTD, options)
+        with torch.cuda.device(q_1HTD.device):  # Triton launches on the current card
+            return self._in_triton(pages, step, q_1HTD[0].transpose(0, 1), options)[None]
+
+    def _step_on(self, device: torch.device) -> _Step:
+        """Return what a card needs to know of the step."""
+        if device == self._table_SW.device:
+            return self._step
+        if device not in self._copies:
+            self._copies[device] = _Step(
+                self._step.table_SW.to(device),
+                self._step.places_T.to(device),
+                [queries.to(device) for queries in self._step.queries],
+            )
+        return self._copies[device]
 
     def _new_pages(self, new_1KTD: Tensor) -> Tensor:
         shape = self._blocks + 1, self._page, new_1KTD.shape[1], new_1KTD.shape[3]
         # Zeros, because padding reads what was never written, and no number is no number.
-        return torch.zeros(shape, dtype=new_1KTD.dtype, device=self._device)
+        return torch.zeros(shape, dtype=new_1KTD.dtype, device=new_1KTD.device)
 
     def _in_triton(
-        self, pages: tuple[Tensor, Tensor], q_THD: Tensor, options: AttentionOptions
+        self,
+        pages: tuple[Tensor, Tensor],
+        step: _Step,
+        q_THD: Tensor,
+        options: AttentionOptions,
     ) -> Tensor:
         from quantbatch.engine import paged_attention
 
-        if not self._queries:
-            self._queries = self._make_queries(q_THD.shape[1] // pages[0].shape[2])
+        if not step.queries:
+            groups = q_THD.shape[1] // pages[0].shape[2]
+            step.queries.extend(self._make_queries(groups, q_THD.device))
         q_THD = q_THD if q_THD.stride(2) == 1 else q_THD.contiguous()
         shape = *q_THD.shape[:2], pages[1].shape[3]
         out_THD = torch.empty(shape, dtype=q_THD.dtype, device=q_THD.device)
-        for queries in self._queries:
-            paged_attention.attend(q_THD, pages, self._table_SW, queries, options, out_THD)
+        for queries in step.queries:
+            paged_attention.attend(q_THD, pages, step.table_SW, queries, options, out_THD)
         return out_THD
 
-    def _make_queries(self, groups: int) -> list[Queries]:
+    def _make_queries(self, groups: int, device: torch.device) -> list[Queries]:
         """Divide the queries of a step among programs: single tokens, and pieces of prompts."""
         from quantbatch.engine.paged_attention import PROMPT_ROWS, SINGLE_ROWS
 
         singles, prompts = self._spans[: self._singles], self._spans[self._singles :]
         return [
-            self._queries_of(spans, max(1, rows // groups), rows)
+            self._queries_of(spans, max(1, rows // groups), rows).to(device)
             for spans, rows in ((singles, SINGLE_ROWS), (prompts, PROMPT_ROWS))
             if spans
         ]
@@ -177,12 +207,16 @@ class PagedStore(KvStore):
         return Queries(slots_I, offsets_I, positions_I, counts_I, rows)
 
     def _gathered(
-        self, pages: tuple[Tensor, Tensor], q_1HTD: Tensor, options: AttentionOptions
+        self,
+        pages: tuple[Tensor, Tensor],
+        step: _Step,
+        q_1HTD: Tensor,
+        options: AttentionOptions,
     ) -> Tensor:
         """Attend without Triton: row by row, over a copy of its pages."""
         outputs = []
         for slot, start, end, offset, blocks in self._spans:
-            table = self._table_SW[slot, : len(blocks)].long()
+            table = step.table_SW[slot, : len(blocks)].long()
             k_1KLD, v_1KLD = (
                 pages_NPKD[table].flatten(0, 1)[None, :end].transpose(1, 2) for pages_NPKD in pages
             )

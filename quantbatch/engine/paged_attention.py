@@ -50,6 +50,16 @@ class Queries(NamedTuple):
     rows: int
     """`SINGLE_ROWS` or `PROMPT_ROWS`."""
 
+    def to(self, device: torch.device) -> Queries:
+        """Return them on a card."""
+        return Queries(
+            self.slots_I.to(device),
+            self.offsets_I.to(device),
+            self.positions_I.to(device),
+            self.counts_I.to(device),
+            self.rows,
+        )
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]

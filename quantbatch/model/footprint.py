@@ -15,9 +15,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from quantbatch.errors import ModelError
 from quantbatch.model.checkpoint import stored_quantization
@@ -67,6 +67,8 @@ HEADS = frozenset({"lm_head", "embed_out", "head", "output"})
 ROUTERS = frozenset({"gate", "router"})
 EMBEDDING = re.compile(r"embed|(^|_)emb(_|$)|^w[tp]e$")
 SCALES = (".SCB", ".scales", ".weight_scale")
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+"""Number of the layer that a tensor belongs to."""
 CONV1D_MODELS = frozenset({"gpt2", "gpt-sw3", "openai-gpt"})
 """Models whose linear layers are transformers' Conv1D, with weights stored as (in, out)."""
 UNQUANTIZED_MODELS = frozenset({"falcon"})
@@ -152,11 +154,51 @@ def weigh(checkpoint: Checkpoint, model: Model) -> Weights:
     Raises:
         ModelError: There is nothing to quantize, or a name in skip_modules matches no layer.
     """
+    quantization = model.resolved().quantization
+    if checkpoint.quantized is None and quantization is not None:
+        _check_skip_modules(checkpoint, quantization)
+    found = _weigh(checkpoint, model)
+    if not found.params[Part.LINEAR] and not isinstance(quantization, Unquantized):
+        raise ModelError(
+            f"{checkpoint.id} has no layer that bitsandbytes quantizes",
+            "load it with model.bits 16",
+        )
+    return found
+
+
+class LayeredWeights(NamedTuple):
+    """Bytes of a loaded model in the order in which a forward pass meets them."""
+
+    before: int
+    """Embeddings."""
+    layers: tuple[int, ...]
+    after: int
+    """The last norm and the output head, if that is not tied to the embedding."""
+
+
+def weigh_layers(checkpoint: Checkpoint, model: Model) -> LayeredWeights:
+    """Compute what each layer takes once it is loaded as the spec asks."""
+    dtype = weight_dtype(checkpoint, model)
+    model = model.resolved().model_copy(update={"dtype": dtype})
+    count = _first(checkpoint.text_config, "num_hidden_layers", "n_layer", "n_layers")
+    parts: list[list[TensorInfo]] = [[] for _ in range(count + 2)]
+    for tensor in checkpoint.tensors:
+        found = LAYER.search(tensor.name)
+        if found:
+            parts[1 + int(found[1])].append(tensor)
+        else:
+            parts[0 if EMBEDDING.search(tensor.name) else -1].append(tensor)
+    before, *layers, after = (
+        _weigh(replace(checkpoint, tensors=tuple(tensors)), model).total_bytes for tensors in parts
+    )
+    return LayeredWeights(before, tuple(layers), after)
+
+
+def _weigh(checkpoint: Checkpoint, model: Model) -> Weights:
     if checkpoint.quantized is not None:
         return _weigh_stored(checkpoint, model)
     quantization = model.resolved().quantization
     assert quantization is not None
-    _check_skip_modules(checkpoint, quantization)
     item_bytes = ITEM_BYTES[weight_dtype(checkpoint, model)]
     params, sizes = Counter[Part](), Counter[Part]()
     shapes = [(0, 0)]
@@ -169,11 +211,6 @@ def weigh(checkpoint: Checkpoint, model: Model) -> Weights:
         else:
             sizes[part] += tensor.numel * item_bytes
     del params[Part.UNUSED], sizes[Part.UNUSED]
-    if not params[Part.LINEAR] and not isinstance(quantization, Unquantized):
-        raise ModelError(
-            f"{checkpoint.id} has no layer that bitsandbytes quantizes",
-            "load it with model.bits 16",
-        )
     return Weights(params, sizes, max(shapes, key=math.prod))
 
 

@@ -22,7 +22,16 @@ from quantbatch.engine.blocks import BLOCK_TOKENS, blocks_for
 from quantbatch.errors import DoesNotFit
 from quantbatch.model import footprint
 from quantbatch.model.checkpoint import stored_quantization
-from quantbatch.model.footprint import ITEM_BYTES, Part, kv_shape, unpackable, weigh, weight_dtype
+from quantbatch.model.footprint import (
+    ITEM_BYTES,
+    Part,
+    kv_shape,
+    unpackable,
+    weigh,
+    weigh_layers,
+    weight_dtype,
+)
+from quantbatch.model.spread import spread
 from quantbatch.spec import ContinuousEngine, FourBit, Int8, Unquantized
 
 if TYPE_CHECKING:
@@ -86,6 +95,11 @@ class MemoryPlan:
     """Tokens computed in one step by the continuous engine; None for the static one."""
     device_bytes: int | None
     """Memory of the device; None if it is not known, or there is no limit to keep."""
+    card_layers: tuple[int, ...] = ()
+    """Over several cards, how many layers each takes: all that is planned is then of the cards
+    together. Empty for one."""
+    whole: bool = True
+    """Whether the layers can be divided like this: False if some card is always too full."""
 
     @property
     def total(self) -> int:
@@ -96,7 +110,7 @@ class MemoryPlan:
     @property
     def fits(self) -> bool:
         """Whether the device has room for everything."""
-        return self.device_bytes is None or self.total <= self.device_bytes
+        return self.whole and (self.device_bytes is None or self.total <= self.device_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +129,8 @@ class Work:
     """Whether every row takes the likeliest token and nothing else: choosing is then cheap."""
     counts_tokens: bool = False
     """Whether it is counted how often each row has said each token, for penalties."""
+    cards: int = 1
+    """Cards that the model's layers are spread over."""
 
     @classmethod
     def of(
@@ -143,6 +159,7 @@ class Work:
             step_tokens=step_tokens,
             greedy=sampling.is_plain,
             counts_tokens=sampling.counts_tokens,
+            cards=max(1, int(spec.cluster.gpus_per_replica)),
         )
 
 
@@ -155,7 +172,8 @@ def plan_memory(
         checkpoint: The model's files.
         model: How to load it.
         work: What it is to do.
-        device_bytes: Memory of the card, as torch.cuda.mem_get_info reports it; None for a CPU.
+        device_bytes: Memory of the card, as torch.cuda.mem_get_info reports it, or of each of
+            several; None for a CPU.
 
     Raises:
         DoesNotFit: Not even one row, or not as many as asked for, have room.
@@ -189,7 +207,47 @@ class _Load:
     device_bytes: int | None
 
     def plan(self, rows: int) -> MemoryPlan:
-        return self._padded(rows) if self.work.step_tokens is None else self._packed(rows)
+        plan = self._padded(rows) if self.work.step_tokens is None else self._packed(rows)
+        if self.work.cards == 1 or self.device_bytes is None:
+            return plan
+        return self._over_cards(plan, rows)
+
+    def _over_cards(self, plan: MemoryPlan, rows: int) -> MemoryPlan:
+        """Spread a plan over several cards; each needs a workspace and a context of its own."""
+        assert self.device_bytes is not None
+        cards = self.work.cards
+        besides = plan.workspace_bytes + plan.overhead_bytes + plan.reserve_bytes
+        least, most, bytes_per_token = self._cache_wanted(plan, rows)
+        cut = spread(
+            weigh_layers(self.checkpoint, self.model),
+            kv_bytes_per_token=bytes_per_token,
+            room_bytes=self.device_bytes - besides,
+            cards=cards,
+            most_tokens=most,
+        )
+        tokens = max(least, cut.kv_tokens // BLOCK_TOKENS * BLOCK_TOKENS if cut else 0)
+        return replace(
+            plan,
+            kv_tokens=plan.kv_tokens if plan.step_tokens is None else tokens,
+            kv_bytes=tokens * bytes_per_token,
+            workspace_bytes=cards * plan.workspace_bytes,
+            overhead_bytes=cards * plan.overhead_bytes,
+            reserve_bytes=cards * plan.reserve_bytes,
+            device_bytes=cards * self.device_bytes,
+            card_layers=cut.layers if cut else (),
+            whole=cut is not None and cut.kv_tokens >= least,
+        )
+
+    def _cache_wanted(self, plan: MemoryPlan, rows: int) -> tuple[int, int, int]:
+        """Return the least and the most tokens of cache, and the bytes of one.
+
+        Padded rows have their room each, all or nothing: that counts as one token here.
+        """
+        if plan.step_tokens is None:
+            return 1, 1, plan.kv_bytes
+        least = BLOCK_TOKENS * blocks_for(self.work.max_tokens)
+        most = rows * self.work.max_tokens // BLOCK_TOKENS * BLOCK_TOKENS
+        return least, max(least, most), plan.kv_bytes_per_token
 
     def has_room_for(self, rows: int, plan: MemoryPlan) -> bool:
         """Tell whether a plan's pool is worth so many rows; padded rows have their own room."""
@@ -313,8 +371,8 @@ def _does_not_fit(load: _Load, rows: int) -> DoesNotFit:
     plan = load.plan(rows)
     assert plan.device_bytes is not None
     problem = (
-        f"{load.checkpoint.id} at {_bits(load)} does not fit: it needs {gib(plan.total)} and the"
-        f" device has {gib(plan.device_bytes)}\n"
+        f"{load.checkpoint.id} at {_bits(load)} does not fit: it needs {gib(plan.total)} and"
+        f" {_devices(load.work.cards)} {gib(plan.device_bytes)}\n"
         f"  weights {gib(plan.weight_bytes)}"
         f" + KV cache {gib(plan.kv_bytes)} ({_cached(load, rows)} tokens, "
         f"{plan.kv_bytes_per_token / 1024:g} KiB each)"
@@ -325,6 +383,10 @@ def _does_not_fit(load: _Load, rows: int) -> DoesNotFit:
     if experts:
         problem += f"\n  {gib(experts)} of the weights are experts, which stay in 16 bits"
     return DoesNotFit(problem, _cheapest_help(load, rows))
+
+
+def _devices(cards: int) -> str:
+    return "the device has" if cards == 1 else f"its {cards} cards have together"
 
 
 def _cached(load: _Load, rows: int) -> str:
@@ -343,6 +405,10 @@ def _cheapest_help(load: _Load, rows: int) -> str:
     for bits, lighter in _lighter(load):
         if lighter.plan(1).fits:
             return f"model.bits {bits} fits: its weights take {gib(lighter.weights.total_bytes)}"
+    for cards in (2, 4, 8):
+        wider = replace(load, work=replace(load.work, cards=cards))
+        if cards > load.work.cards and load.device_bytes and wider.plan(1).fits:
+            return f"cluster.gpus_per_replica {cards} fits: its layers are spread over the cards"
     return "it takes a larger card or a smaller model"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from quantbatch.model.footprint import (
     score_bytes,
     unpackable,
     weigh,
+    weigh_layers,
     weight_dtype,
 )
 from quantbatch.model.headers import TensorInfo
@@ -480,7 +482,7 @@ def test_the_cheapest_help_comes_first() -> None:
     assert re.match(r"rows of [\d,]+ tokens fit", refusal(llama_8b(), max_tokens=10**6).hint)
     assert refusal(qwen_32b(), bits=8).hint.startswith("model.bits 4 fits: its weights take 17.90")
     assert refusal(llama_8b(), bits=32).hint.startswith("model.bits 16 fits")
-    assert refusal(qwen_30b_a3b()).hint == "it takes a larger card or a smaller model"
+    assert refusal(qwen_30b_a3b()).hint.startswith("cluster.gpus_per_replica 4 fits")
 
 
 def test_help_really_helps() -> None:
@@ -622,3 +624,61 @@ def test_4_bits_are_less_than_8_and_more_than_half_a_byte(numel: int) -> None:
     if numel > 30_000:  # below, the table of nested scales is larger than what it saves
         assert four_bit_bytes(numel, double_quant=True) < four_bit_bytes(numel, double_quant=False)
         assert four_bit_bytes(numel, double_quant=False) < numel
+
+
+# ---- over several cards
+
+
+@functools.cache
+def llama_70b() -> Checkpoint:
+    return llama_like(hidden=8192, inner=28672, layers=80, heads=64, kv_heads=8, vocab=128256)
+
+
+def test_70_billion_parameters_fit_two_cards_of_24_gb() -> None:
+    work = Work(max_tokens=2048, prompt_tokens=1800, step_tokens=512, greedy=True, cards=2)
+    plan = plan_memory(llama_70b(), model(bits=4), work, CARD)
+    assert plan.fits
+    assert sum(plan.card_layers) == 80
+    assert plan.weight_bytes == weigh(llama_70b(), model(bits=4)).total_bytes
+    assert plan.device_bytes == 2 * CARD
+    # The fuller card bounds the cache.
+    layers = weigh_layers(llama_70b(), model(bits=4))
+    first = layers.before + sum(layers.layers[: plan.card_layers[0]])
+    last = layers.after + sum(layers.layers[plan.card_layers[0] :])
+    besides = (plan.workspace_bytes + plan.overhead_bytes + plan.reserve_bytes) // 2
+    for weights, count in ((first, plan.card_layers[0]), (last, plan.card_layers[1])):
+        kv_bytes = plan.kv_bytes * count // 80
+        assert weights + kv_bytes + besides <= CARD
+
+
+def test_a_model_that_fits_no_single_card_is_told_of_several() -> None:
+    work = Work(max_tokens=1024, prompt_tokens=512, step_tokens=512, greedy=True)
+    with pytest.raises(DoesNotFit) as caught:
+        plan_memory(llama_70b(), model(bits=4), work, CARD)
+    assert "cluster.gpus_per_replica 2 fits" in caught.value.hint
+
+
+def test_layers_that_do_not_divide_are_refused() -> None:
+    checkpoint = tiny(layers=2)
+    work = Work(max_tokens=64, prompt_tokens=32, step_tokens=64, greedy=True, cards=3)
+    with pytest.raises(DoesNotFit, match="its 3 cards have together"):
+        plan_memory(checkpoint, model(bits=4), work, CARD)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_layers_add_up_to_the_whole(scheme: str, tied: bool) -> None:
+    checkpoint = tiny(tied=tied, biases=True)
+    asked = model(**SCHEMES[scheme])
+    before, layers, after = weigh_layers(checkpoint, asked)
+    assert before + sum(layers) + after == weigh(checkpoint, asked).total_bytes
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_padded_rows_over_cards_have_their_room_on_each(rows: int) -> None:
+    work = Work(max_tokens=2048, prompt_tokens=1024, batch_size=rows, cards=2)
+    one = plan_memory(llama_8b(), model(bits=4), replace(work, cards=1), CARD)
+    two = plan_memory(llama_8b(), model(bits=4), work, CARD)
+    assert two.kv_bytes == one.kv_bytes
+    assert two.workspace_bytes == 2 * one.workspace_bytes
+    assert sum(two.card_layers) == 32
