@@ -86,7 +86,7 @@ def load_engine(job: ReplicaJob) -> LoadedEngine:
                 max_tokens=job.max_tokens,
                 folder=job.driver_folder,
             )
-            return LoadedEngine(*found)
+            return LoadedEngine(found.engine, found.planned_bytes, found.peak_bytes, found.progress)
 
 
 def _echo(job: ReplicaJob, options: EchoEngine) -> LoadedEngine:

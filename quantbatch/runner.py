@@ -60,13 +60,15 @@ class Runner:
     def __init__(self, engine: Engine, leave: Callable[[int], None] = os._exit) -> None:
         self._engine = engine
         self._leave = leave
-        self._inbox: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._waiting: dict[RequestId, _Batch] = {}
         self._suspects: list[Sequence[Request]] = []
         self._isolated = False
         self.busy_s = 0.0
         """Time spent in the engine's steps so far, in seconds."""
-        threading.Thread(target=self._loop, name="engine", daemon=True).start()
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
 
     def submit(self, requests: Sequence[Request]) -> Future[dict[RequestId, Answer]]:
         """Have requests answered; any thread may call this.
@@ -81,11 +83,18 @@ class Runner:
             batch.future.set_result({})
         return batch.future
 
+    def close(self) -> None:
+        """End the thread, which holds the engine; every answer must have come."""
+        assert not self._waiting
+        self._inbox.put(None)
+        self._thread.join()
+
     def _loop(self) -> None:
         try:
-            while True:
-                self._feed()
+            self._feed()
+            while not self._closed:
                 self._step()
+                self._feed()
         except Exception as error:
             # Nobody would ever answer what waits here: a new process must.
             logger.critical("the engine's thread failed", exc_info=True)
@@ -109,6 +118,9 @@ class Runner:
     def _receive(self, *, wait: bool = False) -> None:
         while wait or not self._inbox.empty():
             batch = self._inbox.get()
+            if batch is None:
+                self._closed = True
+                return
             self._waiting.update((request.id, batch) for request in batch.requests)
             self._engine.add(batch.requests)
             wait = False

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from quantbatch.model.memory import MemoryPlan
     from quantbatch.spec import JobSpec
     from quantbatch.spec import StaticEngine as StaticOptions
+    from quantbatch.weights.loading import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +44,20 @@ replayed from a graph, and its cost is shared by those that come together."""
 
 
 class Loaded(NamedTuple):
-    """What a replica needs of a loaded engine; see `replica.LoadedEngine`."""
+    """A loaded engine; what a replica needs of it is `replica.LoadedEngine`."""
 
     engine: Engine
     planned_bytes: int
     peak_bytes: Callable[[], int]
     progress: Callable[[], EngineProgress]
+    model: LoadedModel
+    """The model that the engine runs."""
+
+    def close(self) -> None:
+        """Give the model back as it was loaded; nothing may be asked of the engine afterwards."""
+        inner = self.engine.engine if isinstance(self.engine, Deduplicated) else self.engine
+        if isinstance(inner, ContinuousEngine):
+            inner.close()
 
 
 def load(
@@ -82,17 +91,20 @@ def load(
     device_bytes = peak.device_bytes(device, spec.cluster.gpus_per_replica)
     plan = plan_memory(checkpoint, model, work, device_bytes)
     measured = peak.PeakMemory(device)
-    loaded = weights.load(checkpoint, model, device).model
+    loaded = weights.load(checkpoint, model, device)
     tokenizer = load_tokenizer(checkpoint.folder)
     made: _Made | None = None
     if isinstance(options, ContinuousOptions):
-        made = _continuous_or_none(loaded, tokenizer, plan, options, work, checkpoint.text_config)
+        made = _continuous_or_none(
+            loaded.model, tokenizer, plan, options, work, checkpoint.text_config
+        )
     if made is None:
         plan = plan_memory(checkpoint, model, replace(work, step_tokens=None), device_bytes)
-        made = _Made(StaticEngine(loaded, tokenizer, batch_size=plan.batch_size), EngineProgress)
+        static = StaticEngine(loaded.model, tokenizer, batch_size=plan.batch_size)
+        made = _Made(static, EngineProgress)
     if options.deduplicate:
         made = _deduplicated(made)
-    return Loaded(made.engine, plan.total, measured.peak_bytes, made.progress)
+    return Loaded(made.engine, plan.total, measured.peak_bytes, made.progress, loaded)
 
 
 class _Made(NamedTuple):
