@@ -386,7 +386,8 @@ class Cluster(Section):
     replicas: Annotated[int, Field(ge=1)] | ReplicaRange = Field(1, json_schema_extra=TUNING)
     """Copies of the model: a number, or {min, max} to grow with the work."""
     gpus_per_replica: Annotated[float, Field(ge=0)] = Field(1, json_schema_extra=TUNING)
-    """Cards of one replica: 1, a fraction to share a card, or 0 to run on CPUs."""
+    """Cards of one replica: 1, a fraction to share a card, or 0 to run on CPUs. Over 2 and more the
+    layers of a model that fits no single card are spread; that gives room and no speed."""
     gpu_memory_gib: Annotated[float, Field(gt=0)] | None = Field(None, json_schema_extra=TUNING)
     """Memory of one card in GiB as torch reports it, for planning without one: a card sold as 24 GB
     has about 23.6, an L4 or A10G about 22. Null: each replica asks its card, and the plan gives no
@@ -415,6 +416,15 @@ class Cluster(Section):
         if value is not None:
             cards.find(value)
         return value
+
+    @model_validator(mode="after")
+    def _whole_cards(self) -> Self:
+        if self.gpus_per_replica > 1 and self.gpus_per_replica % 1:
+            raise ValueError(
+                f"gpus_per_replica is {self.gpus_per_replica:g}: several cards are whole cards, and"
+                " only a part of one can be shared"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_size_of_card(self) -> Self:

@@ -90,8 +90,8 @@ def load(
     work = Work.of(spec, checkpoint, max_input_tokens=longest_prompt, device=kind)
     device_bytes = peak.device_bytes(device, spec.cluster.gpus_per_replica)
     plan = plan_memory(checkpoint, model, work, device_bytes)
-    measured = peak.PeakMemory(device)
-    loaded = weights.load(checkpoint, model, device)
+    measured = peak.PeakMemory(device, cards=work.cards)
+    loaded = weights.load(checkpoint, model, device, card_layers=plan.card_layers)
     tokenizer = load_tokenizer(checkpoint.folder)
     made: _Made | None = None
     if isinstance(options, ContinuousOptions):

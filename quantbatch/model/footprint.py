@@ -187,7 +187,8 @@ def weigh_layers(checkpoint: Checkpoint, model: Model) -> LayeredWeights:
         if found:
             parts[1 + int(found[1])].append(tensor)
         else:
-            parts[0 if EMBEDDING.search(tensor.name) else -1].append(tensor)
+            is_embedding = EMBEDDING.search(_module(tensor.name).rpartition(".")[2])
+            parts[0 if is_embedding else -1].append(tensor)
     before, *layers, after = (
         _weigh(replace(checkpoint, tensors=tuple(tensors)), model).total_bytes for tensors in parts
     )

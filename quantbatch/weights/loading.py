@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from quantbatch.model.footprint import weigh
 from quantbatch.model.memory import gib
 from quantbatch.spec import FourBit, Int8
-from quantbatch.weights import bnb, pretrained
+from quantbatch.weights import bnb, placement, pretrained
 from quantbatch.weights.dtypes import resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel
 
     from quantbatch.model.checkpoint import Checkpoint
@@ -31,13 +33,16 @@ class LoadedModel(NamedTuple):
     """What its parameters take, the scales of quantized ones included."""
 
 
-def load(checkpoint: Checkpoint, model: Model, device: str) -> LoadedModel:
+def load(
+    checkpoint: Checkpoint, model: Model, device: str, *, card_layers: Sequence[int] = ()
+) -> LoadedModel:
     """Load a model onto a device.
 
     Args:
         checkpoint: The model's files.
         model: How to load it; types that are `auto` are chosen for the device, see `resolve`.
         device: `cpu`, `cuda` or `cuda:<number>`.
+        card_layers: How many layers go to each of several cards, all that are visible.
 
     Raises:
         ModelError: The files don't make the model that the configuration describes.
@@ -50,7 +55,12 @@ def load(checkpoint: Checkpoint, model: Model, device: str) -> LoadedModel:
     if checkpoint.quantized is None and isinstance(model.quantization, Int8 | FourBit):
         arguments["quantization_config"] = bnb.quantization_config(model.quantization, config)
     loaded = pretrained.load_pretrained(
-        checkpoint, config, dtype=model.dtype, device=device, **arguments
+        checkpoint,
+        config,
+        dtype=model.dtype,
+        device=device,
+        device_map=placement.place(config, card_layers) if card_layers else None,
+        **arguments,
     )
     compute_dtype = bnb.settle_four_bit_layers(loaded, model, device)
     weight_bytes = bnb.parameter_bytes(loaded)

@@ -24,20 +24,23 @@ class PeakMemory:
 
     Args:
         device: Such as `cpu`, `cuda` or `cuda:1`.
+        cards: With more than one, it is the sum over the first so many cards.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, *, cards: int = 1) -> None:
         self._device = torch.device(device)
+        self._cards = [self._device] if cards == 1 else range(cards)
         gc.collect()
         if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+            for card in self._cards:
+                torch.cuda.reset_peak_memory_stats(card)
         else:
             self._start_bytes = _forget_peak()
 
     def peak_bytes(self) -> int:
         """Return the most memory taken since the start, in bytes."""
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_reserved(self._device)
+            return sum(torch.cuda.max_memory_reserved(card) for card in self._cards)
         return max(0, _peak_bytes() - self._start_bytes)
 
 
@@ -62,9 +65,11 @@ def device_bytes(device: str, share: float) -> int | None:
 
     Args:
         device: Such as `cpu` or `cuda`.
-        share: Cards of one replica; below 1 it is the part of a card that it may take.
+        share: Cards of one replica; below 1 it is the part of a card that it may take, and of
+            several the least counts.
     """
     if torch.device(device).type != "cuda":
         return None
-    total = torch.cuda.mem_get_info(device)[1]
+    cards = range(int(share)) if share > 1 else [device]
+    total = min(torch.cuda.mem_get_info(card)[1] for card in cards)
     return int(total * min(share, 1))

@@ -45,6 +45,7 @@ def load_pretrained(
     *,
     dtype: str,
     device: str,
+    device_map: Mapping[str, str | int] | None = None,
     **arguments: Any,  # noqa: ANN401
 ) -> PreTrainedModel:
     """Load a model, all of it and nothing else.
@@ -54,6 +55,7 @@ def load_pretrained(
         config: What `load_config` returned.
         dtype: Type of the weights that are not quantized.
         device: Where to.
+        device_map: Or where each module goes to; see `placement`.
         arguments: More for `from_pretrained`. Leave out `quantization_config` rather than pass
             None, which makes transformers load a quantized checkpoint as random or raw numbers,
             without an error (5.23, measured).
@@ -68,7 +70,7 @@ def load_pretrained(
             **_source(checkpoint),
             **arguments,
             dtype=getattr(torch, dtype),
-            device_map={"": device},
+            device_map=dict(device_map or {"": device}),
             attn_implementation=_attention(config),
             use_safetensors=True,
             trust_remote_code=False,  # None would ask on stdin

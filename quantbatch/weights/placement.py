@@ -1,0 +1,73 @@
+"""Which module of a model goes to which card, from the number of layers that each card takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import nn
+
+from quantbatch.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Most of what is called of it has no types, or wrong ones (5.23).
+hf: Any = transformers
+
+
+def place(config: Any, card_layers: Sequence[int]) -> dict[str, int]:  # noqa: ANN401
+    """Return a device map for accelerate: the number of a card by the name of a module.
+
+    What comes before the layers is on the first card, what comes after on the last; an output head
+    that is tied to the embedding stays with it.
+
+    Args:
+        config: The model's configuration, of transformers.
+        card_layers: Layers of each card, in order; see `model.spread`.
+
+    Raises:
+        ModelError: The model has other layers than its files.
+    """
+    with torch.device("meta"):
+        model = hf.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    path, layers = _layers(model)
+    if len(layers) != sum(card_layers):
+        raise ModelError(
+            f"{type(model).__name__} has {len(layers)} layers, but its files {sum(card_layers)}"
+        )
+    placed: dict[str, int] = {}
+    _place_besides(model, "", path, len(card_layers) - 1, placed)
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is model.get_input_embeddings().weight:
+        placed[next(name for name, module in model.named_modules() if module is head)] = 0
+    cards = [card for card, count in enumerate(card_layers) for _ in range(count)]
+    return placed | {f"{path}.{index}": card for index, card in enumerate(cards)}
+
+
+def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the longest list of modules, and its name: the decoder's layers."""
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise ModelError(f"{type(model).__name__} has no list of layers to spread over cards")
+    # Lists of experts may be as long, but are deeper.
+    return max(lists, key=lambda item: (len(item[1]), -item[0].count(".")))
+
+
+def _place_besides(
+    module: nn.Module, name: str, path: str, last: int, placed: dict[str, int]
+) -> None:
+    """Place everything beside the layers: embeddings first, in the order of the forward."""
+    is_after = False
+    for child_name, child in module.named_children():
+        child_path = f"{name}.{child_name}" if name else child_name
+        if child_path == path:
+            is_after = True
+        elif path.startswith(f"{child_path}."):
+            _place_besides(child, child_path, path, last, placed)
+            is_after = True
+        else:
+            # Rotary embeddings have no weights and are computed before the layers.
+            is_rotary = not any(True for _ in child.parameters())
+            placed[child_path] = last if is_after and not is_rotary else 0
