@@ -91,7 +91,7 @@ def test_each_card_takes_what_was_planned(kind: str, billion: Path) -> None:
     taken = [torch.cuda.memory_allocated(card) - start[card] for card in range(2)]
     print(f"{kind}: planned {[p >> 20 for p in planned]} MiB, allocated {[t >> 20 for t in taken]}")
     for mine, theirs in zip(planned, taken, strict=True):
-        # The allocator rounds each tensor up to 512 bytes.
-        assert mine <= theirs + 1024 * 512
-        assert theirs <= 1.02 * mine + (1 << 20)
+        assert mine <= theirs
+        # The allocator leaves up to a megabyte unused behind a tensor.
+        assert theirs <= 1.03 * mine
     del loaded
