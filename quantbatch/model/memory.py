@@ -179,12 +179,11 @@ def plan_memory(
         DoesNotFit: Not even one row, or not as many as asked for, have room.
         ModelError: There is nothing to quantize, or a name in skip_modules matches no layer.
     """
-    load = _Load(checkpoint, model, weigh(checkpoint, model), work, device_bytes)
-    for rows in _batch_sizes(work, device_bytes):
-        plan = load.plan(rows)
-        if plan.fits and (rows in (1, work.batch_size) or load.has_room_for(rows, plan)):
-            return plan
-    raise _does_not_fit(load, work.batch_size or 1)
+    load = Load(checkpoint, model, weigh(checkpoint, model), work, device_bytes)
+    plan = load.best()
+    if plan is None:
+        raise _does_not_fit(load, work.batch_size or 1)
+    return plan
 
 
 def _batch_sizes(work: Work, device_bytes: int | None) -> Sequence[int]:
@@ -197,7 +196,7 @@ def _batch_sizes(work: Work, device_bytes: int | None) -> Sequence[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Load:
+class Load:
     """What is to run on which device: everything that a plan depends on but the batch size."""
 
     checkpoint: Checkpoint
@@ -206,7 +205,18 @@ class _Load:
     work: Work
     device_bytes: int | None
 
+    def best(self) -> MemoryPlan | None:
+        """Return the plan with the most rows that pay and fit; None if not even one does, or not as
+        many as were asked for.
+        """
+        for rows in _batch_sizes(self.work, self.device_bytes):
+            plan = self.plan(rows)
+            if plan.fits and (rows in (1, self.work.batch_size) or self.has_room_for(rows, plan)):
+                return plan
+        return None
+
     def plan(self, rows: int) -> MemoryPlan:
+        """Plan for so many rows, whether that fits or not."""
         plan = self._padded(rows) if self.work.step_tokens is None else self._packed(rows)
         if self.work.cards == 1 or self.device_bytes is None:
             return plan
@@ -255,12 +265,12 @@ class _Load:
         return self.work.step_tokens is None or plan.kv_tokens >= wanted
 
     def _padded(self, rows: int) -> MemoryPlan:
-        prefilled = self._shape.prefill_row_bytes(self.work.prompt_tokens)
-        kv_bytes = rows * max(prefilled, self._shape.row_bytes(self.work.max_tokens))
+        prefilled = self.shape.prefill_row_bytes(self.work.prompt_tokens)
+        kv_bytes = rows * max(prefilled, self.shape.row_bytes(self.work.max_tokens))
         workspace_bytes = self._padded_workspace_bytes(rows)
         return MemoryPlan(
             weight_bytes=self.weights.total_bytes,
-            kv_bytes_per_token=self._shape.bytes_per_token,
+            kv_bytes_per_token=self.shape.bytes_per_token,
             kv_bytes=kv_bytes,
             workspace_bytes=workspace_bytes,
             overhead_bytes=self._overhead_bytes,
@@ -273,7 +283,7 @@ class _Load:
 
     def _packed(self, rows: int) -> MemoryPlan:
         """Plan a pool of what is left, but of no more than all rows at their longest could use."""
-        per_token = self._shape.bytes_per_token
+        per_token = self.shape.bytes_per_token
         workspace_bytes = self._packed_workspace_bytes(rows)
         reserve_bytes = math.ceil(
             RESERVE * workspace_bytes + PACKED_RESERVE * (self.device_bytes or 0)
@@ -303,7 +313,8 @@ class _Load:
         return ITEM_BYTES[weight_dtype(self.checkpoint, self.model)]
 
     @property
-    def _shape(self) -> KvShape:
+    def shape(self) -> KvShape:
+        """What the cache of a row takes."""
         return kv_shape(self.checkpoint.text_config, self._item_bytes)
 
     @property
@@ -324,7 +335,7 @@ class _Load:
             + footprint.mask_bytes(rows, self.work.prompt_tokens, item_bytes)
             + footprint.score_bytes(config, rows, self.work.prompt_tokens, item_bytes)
             + footprint.logit_bytes(config, rows)
-            + footprint.cache_growth_bytes(self._shape, rows, self.work.max_tokens)
+            + footprint.cache_growth_bytes(self.shape, rows, self.work.max_tokens)
         )
 
     def _packed_workspace_bytes(self, rows: int) -> int:
@@ -340,7 +351,7 @@ class _Load:
             + self._recorded_bytes(rows)
             # Prompts in pieces gather what a layer has of them, at most all rows' own.
             + footprint.cache_growth_bytes(
-                self._shape, 1, self.work.step_tokens + 2 * self.work.max_tokens
+                self.shape, 1, self.work.step_tokens + 2 * self.work.max_tokens
             )
         )
 
@@ -355,19 +366,19 @@ class _Load:
             + footprint.activation_bytes(config, rows, item_bytes)
         )
 
-    def of_length(self, tokens: int) -> _Load:
+    def of_length(self, tokens: int) -> Load:
         """The same with shorter rows: at first shorter prompts."""
         prompt = min(self.work.prompt_tokens, tokens)
         return replace(self, work=replace(self.work, max_tokens=tokens, prompt_tokens=prompt))
 
-    def in_bits(self, bits: Literal[4, 8, 16]) -> _Load:
+    def in_bits(self, bits: Literal[4, 8, 16]) -> Load:
         """The same with other weights."""
         change = {"bits": bits, "quantization": None, "dtype": "auto"}
         model = self.model.model_copy(update=change)
         return replace(self, model=model, weights=weigh(self.checkpoint, model))
 
 
-def _does_not_fit(load: _Load, rows: int) -> DoesNotFit:
+def _does_not_fit(load: Load, rows: int) -> DoesNotFit:
     plan = load.plan(rows)
     assert plan.device_bytes is not None
     problem = (
@@ -389,12 +400,12 @@ def _devices(cards: int) -> str:
     return "the device has" if cards == 1 else f"its {cards} cards have together"
 
 
-def _cached(load: _Load, rows: int) -> str:
+def _cached(load: Load, rows: int) -> str:
     longest = f"{load.work.max_tokens:,}"
     return f"{rows} x {longest}" if load.work.step_tokens is None else f"one row of {longest}"
 
 
-def _cheapest_help(load: _Load, rows: int) -> str:
+def _cheapest_help(load: Load, rows: int) -> str:
     """Find what makes it fit: first what costs speed only, then what costs input, then quality."""
     for fewer in range(rows - 1, 0, -1):
         if load.plan(fewer).fits:
@@ -412,7 +423,7 @@ def _cheapest_help(load: _Load, rows: int) -> str:
     return "it takes a larger card or a smaller model"
 
 
-def _longest_fitting(load: _Load) -> int:
+def _longest_fitting(load: Load) -> int:
     """Return the most tokens with which one row fits, in steps of `LENGTH_STEP`; 0 if none does."""
     fitting, too_long = 0, math.ceil(load.work.max_tokens / LENGTH_STEP)
     while too_long - fitting > 1:
@@ -424,7 +435,7 @@ def _longest_fitting(load: _Load) -> int:
     return fitting * LENGTH_STEP
 
 
-def _lighter(load: _Load) -> Iterator[tuple[int, _Load]]:
+def _lighter(load: Load) -> Iterator[tuple[int, Load]]:
     """Yield the same model in fewer bits, the most bits first."""
     bits: tuple[Literal[4, 8, 16], ...] = (16, 8, 4)
     for each in bits if load.checkpoint.quantized is None else ():
@@ -433,7 +444,7 @@ def _lighter(load: _Load) -> Iterator[tuple[int, _Load]]:
             yield each, other
 
 
-def _bits(load: _Load) -> str:
+def _bits(load: Load) -> str:
     if load.checkpoint.quantized is not None:
         return f"its own quantization ({load.checkpoint.quantized})"
     match load.model.resolved().quantization:
