@@ -119,6 +119,11 @@ class ParquetCursor:
                 _BATCH_ROWS, row_groups=[number], columns=self._columns, use_threads=False
             )
 
+    def group_of(self, row: int) -> tuple[int, int]:
+        """Return where the row group of a row begins and ends."""
+        group = bisect.bisect_right(self._starts, row) - 1
+        return self._starts[group], self._starts[group + 1]
+
     def take(self, piece: Slice) -> list[pa.RecordBatch]:
         """Return the rows of a slice.
 

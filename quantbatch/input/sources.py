@@ -15,13 +15,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
 from quantbatch.errors import InputError, JobError, RowError, StorageError
-from quantbatch.input.formats import Format, format_of
+from quantbatch.input.formats import Format, codec_of, format_of
 from quantbatch.input.jsonlines import Row, infer_schema, parse, read_json
 from quantbatch.input.parquetfiles import ParquetCursor, parquet_facts, without_bad_text
 from quantbatch.input.schemas import unify_schemas
@@ -39,6 +39,7 @@ __all__ = [
     "SliceRows",
     "inspect",
     "mark_before",
+    "read_near",
     "read_slice",
     "unify_schemas",
 ]
@@ -145,15 +146,33 @@ def read_slice(
         InputError: The file can't be read, or is not as it was planned.
     """
     assert piece.rows > 0, f"an empty slice of {piece.file}"
+    with (
+        _explained(piece.file, trouble=InputError),
+        _cursor(store, piece, input, _names_in_file(schema, partition, columns)) as cursor,
+    ):
+        _check_version(store, piece)
+        return _rows_of(cursor, piece, schema, partition, columns)
+
+
+def _names_in_file(
+    schema: pa.Schema, partition: Partition, columns: Sequence[str] | None
+) -> tuple[str, ...]:
+    folders = dict(partition)
+    return tuple(n for n in (schema.names if columns is None else columns) if n not in folders)
+
+
+def _rows_of(
+    reader: _Reader,
+    piece: Slice,
+    schema: pa.Schema,
+    partition: Partition,
+    columns: Sequence[str] | None,
+) -> SliceRows:
+    """Read a slice's rows, and give them the columns of the file's folders."""
     wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
     folders = dict(partition)
     in_file = pa.schema([column for column in wanted if column.name not in folders])
-    with (
-        _explained(piece.file, trouble=InputError),
-        _cursor(store, piece, input, tuple(in_file.names)) as cursor,
-    ):
-        _check_version(store, piece)
-        found = _read(cursor, piece, in_file)
+    found = _read(reader, piece, in_file)
     arrays = [
         found.table[column.name]
         if column.name not in folders
@@ -161,6 +180,59 @@ def read_slice(
         for column in wanted
     ]
     return SliceRows(_table(arrays, wanted, piece.rows), found.errors)
+
+
+def read_near(
+    store: Store,
+    pieces: Sequence[Slice],
+    input: Input,
+    schema: pa.Schema,
+    partition: Partition = (),
+    *,
+    rows_each: int,
+) -> Iterator[SliceRows]:
+    """Yield some rows for each of several slices of one file, from nearby places where reading
+    begins cheaply: the beginning of a row group, a marked row, or that of compressed text.
+
+    Args:
+        store: The store at the input's root.
+        pieces: Slices of one file, in order.
+        input: The spec of the input.
+        schema: Columns to read.
+        partition: Columns from the file's folders.
+        rows_each: Rows for each slice; where several begin at one place, there are as many more,
+            and fewer where the file has fewer.
+
+    Raises:
+        InputError: The file can't be read, or is not as it was planned.
+    """
+    whole = pieces[0].file
+    names = _names_in_file(schema, partition, None)
+    with (
+        _explained(whole, trouble=InputError),
+        contextlib.closing(
+            _open_reader(store, whole, format_of(whole, input), input, names)
+        ) as reader,
+    ):
+        _check_version(store, pieces[0])
+        by_start: dict[int, list[Slice]] = {}
+        for piece in pieces:
+            place = _cheap_start(reader, piece)
+            by_start.setdefault(place.first_row, []).append(place)
+        for places in by_start.values():
+            rows = min(max(place.rows for place in places), rows_each * len(places))
+            yield _rows_of(reader, replace(places[0], rows=rows), schema, partition, None)
+
+
+def _cheap_start(reader: _Reader, piece: Slice) -> Slice:
+    """Return all rows from where reading begins cheaply, as far as they are known to be there."""
+    if isinstance(reader, ParquetCursor):
+        start, end = reader.group_of(piece.first_row)
+        return replace(piece, first_row=start, rows=end - start)
+    end = piece.first_row + piece.rows
+    if codec_of(piece.file):
+        return replace(piece, first_row=0, rows=end, mark_row=0, byte_offset=0, line=1)
+    return replace(piece, first_row=piece.mark_row, rows=end - piece.mark_row)
 
 
 def _check_version(store: Store, piece: Slice) -> None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from quantbatch.errors import ModelError, RowError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from transformers import PreTrainedTokenizerBase
 
@@ -66,6 +66,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: The files are missing or broken, or it needs code of its own.
     """
+    return _load(folder, _tokenizer_class)
+
+
+@functools.lru_cache(maxsize=4)
+def load_tokenizer_without_torch(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer for counting, in a second and without torch.
+
+    It is made from tokenizer.json alone. What a model's own tokenizer class adds to that, such as a
+    token at the beginning, may be missing: counts can differ by one or two.
+
+    Raises:
+        ModelError: The files are missing or broken.
+    """
+    return _load(folder, _general_class)
+
+
+def _load(folder: Path, class_for: Callable[[Path], Any]) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer.json").is_file():
         # Without it, transformers 5.23 makes a Llama or Qwen2 tokenizer of three words or one.
         raise ModelError(
@@ -73,7 +90,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "save it once with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
     try:
-        tokenizer: PreTrainedTokenizerBase = _tokenizer_class(folder).from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = class_for(folder).from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # tokenizers' Rust part raises plain Exception
@@ -88,12 +105,16 @@ def _tokenizer_class(folder: Path) -> Any:  # noqa: ANN401 - classes of transfor
     """Return AutoTokenizer, or what it would choose where the folder says so itself."""
     config = folder / "tokenizer_config.json"
     if config.is_file() and json.loads(config.read_bytes()).get("tokenizer_class") == _GENERAL:
-        from transformers import TokenizersBackend
-
-        return TokenizersBackend
+        return _general_class(folder)
     from transformers import AutoTokenizer
 
     return AutoTokenizer
+
+
+def _general_class(_: Path) -> Any:  # noqa: ANN401 - classes of transformers
+    from transformers import TokenizersBackend
+
+    return TokenizersBackend
 
 
 def _cannot_load(folder: Path, error: Exception) -> ModelError:
