@@ -224,6 +224,8 @@ def _width(load: Load, row_tokens: int, *, chosen: bool) -> Width:
 def _kv_tokens(plan: MemoryPlan) -> int:
     """Return how many tokens of cache have room beside everything else."""
     assert plan.device_bytes is not None
+    if plan.card_layers:
+        return plan.kv_tokens if plan.fits else 0  # bounded by the fullest card
     left = plan.device_bytes - (plan.total - plan.kv_bytes)
     return max(0, left // plan.kv_bytes_per_token)
 
