@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from quantbatch import __version__, console
-from quantbatch.errors import JobError, Refused
+from quantbatch.errors import JobError, Refused, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from quantbatch.model.cards import Card
     from quantbatch.sample import Sampled
     from quantbatch.spec import JobSpec, Storage
 
@@ -36,7 +37,7 @@ EXIT_INTERRUPTED = 130
 EXIT_OUR_FAULT = 70
 """EX_SOFTWARE of sysexits.h; Python's own 1 would mean a job that is done with too many errors."""
 SCHEMA_NAME = "quantbatch.schema.json"
-_WITHOUT_PANDAS = frozenset({"plan", "validate", "status", "verify"})
+_WITHOUT_PANDAS = frozenset({"plan", "validate", "status", "verify", "formats"})
 
 app = typer.Typer(
     name="quantbatch",
@@ -317,6 +318,38 @@ def verify(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False)
         else:
             console.say_verdict(verdict.to_json())
         raise typer.Exit(verdict.exit_code)
+
+
+@app.command()
+def formats(
+    card: Annotated[
+        str, typer.Option(metavar="NAME", help="Card, such as L4; else that of this machine.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show which checkpoints, quantized or not, this machine loads, and how."""
+    with _outcome(as_json):
+        from quantbatch.documents import describe_formats
+
+        document = describe_formats(_card(card))
+        if as_json:
+            console.say_document(document)
+        else:
+            console.say(console.formats_table(document))
+            for note in document["notes"]:
+                console.say(note)
+
+
+def _card(name: str) -> Card | None:
+    """Return the card of a name, or without one this machine's first."""
+    from quantbatch.model import cards, thiscard
+
+    if not name:
+        return next(iter(thiscard.local_cards()), None)
+    try:
+        return cards.find(name)
+    except cards.UnknownCardError as error:
+        raise SpecError(JobError(f"--card {error}")) from None
 
 
 @app.command()

@@ -259,6 +259,19 @@ def _memory(memory: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return lines
 
 
+def formats_table(document: Mapping[str, Any]) -> Table:
+    """Return what `documents.describe_formats` describes."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in ("format", "bits", "here", "planned as", "to load it as it is", "because"):
+        table.add_column(title)
+    for row in document["formats"]:
+        installs = row["remedy"].startswith("pip install")
+        why = f"{row['missing']}: {row['remedy']}" if installs else row["missing"]
+        cells = (row["format"], row["bits"], row["how"], row["planned"], row["needs"], why)
+        table.add_row(*(Text(plain(cell)) for cell in cells))
+    return table
+
+
 def status_table(document: Mapping[str, Any]) -> Table:
     """Return what `documents.describe_status` describes."""
     counts, total = document["counts"], document["rows"]

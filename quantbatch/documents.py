@@ -11,12 +11,14 @@ from pydantic import ValidationError
 
 from quantbatch.errors import InputError, Refused
 from quantbatch.ledger import JOB, SUMMARY, Ledger
+from quantbatch.model import formats
 from quantbatch.model.footprint import unpackable
 from quantbatch.records import Completion, Failure
 from quantbatch.spec import FourBit, Int8, JobSpec, Storage
 from quantbatch.storage import open_store, redact
 
 if TYPE_CHECKING:
+    from quantbatch.model.cards import Card
     from quantbatch.preflight import Job
     from quantbatch.sample import Sampled
     from quantbatch.spec import Model
@@ -81,6 +83,22 @@ def describe_model(model: Model) -> str:
         case _:
             dtype = model.resolved().dtype
             return f"{name}, {'in its own type' if dtype == 'auto' else dtype}"
+
+
+def describe_formats(card: Card | None) -> dict[str, Any]:
+    """Return what this machine, with a card, does with each format of checkpoints."""
+    capability = card.capability if card else None
+    machine = formats.Machine.this(capability)
+    rows = [row._asdict() | {"how": row.how.value} for row in formats.table(machine)]
+    return {
+        "outcome": "ok",
+        "exit_code": 0,
+        "card": card.name if card else None,
+        "capability": ".".join(map(str, capability)) if capability else None,
+        "packages": dict(sorted(machine.packages.items())),
+        "formats": rows,
+        "notes": [f"expanded: {formats.ALLOW}", f"refused: {formats.ORIGINAL}"],
+    }
 
 
 def _describe_memory(job: Job) -> dict[str, Any]:

@@ -87,14 +87,15 @@ def prepare(spec: JobSpec, *, extend: bool = False) -> Job:
     Raises:
         JobError: The job can't run, with the reason and the remedy.
     """
-    spec = spec.resolved()
     check_places(spec)
-    checkpoint = open_checkpoint(spec.model)
+    # Before its short forms are written out: bits 16 is then no longer told from bits not given.
+    card = sizing.card_of(spec)
+    checkpoint = open_checkpoint(spec.model, card.capability if card else None)
+    spec = spec.resolved()
     _check_tokens(spec, checkpoint)
     rendering.compile_templates(spec.prompt)
     rendering.require_chat_template(spec.prompt, checkpoint.chat_template)
     max_input_tokens = input_limit(spec, checkpoint)
-    card = sizing.card_of(spec)
     fits = sizing.fit(spec, checkpoint, max_input_tokens, card)
     ledger = Ledger.open(spec, checkpoint.digest)
     listed = _listing(spec, ledger)

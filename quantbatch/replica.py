@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from quantbatch import rows as row_layout
 from quantbatch.engine import echo
 from quantbatch.errors import JobError
-from quantbatch.model.checkpoint import open_checkpoint
+from quantbatch.model.checkpoint import find_checkpoint
 from quantbatch.prompts.rendering import sample_seed
 from quantbatch.prompts.tokens import load_tokenizer
 from quantbatch.records import (
@@ -90,7 +90,7 @@ def load_engine(job: ReplicaJob) -> LoadedEngine:
 
 
 def _echo(job: ReplicaJob, options: EchoEngine) -> LoadedEngine:
-    tokenizer = load_tokenizer(open_checkpoint(job.spec.model.seen_from(job.driver_folder)).folder)
+    tokenizer = load_tokenizer(find_checkpoint(job.spec.model.seen_from(job.driver_folder)).folder)
     size = echo.DEFAULT_BATCH_SIZE if options.batch_size == "auto" else options.batch_size
 
     def decode(answers: list[Sequence[int]]) -> list[str]:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from quantbatch import preflight, rows
+from quantbatch import preflight, rows, sizing
 from quantbatch.errors import InputError, SpecError
 from quantbatch.input import listing, sources
-from quantbatch.model.checkpoint import open_checkpoint
+from quantbatch.model.checkpoint import find_checkpoint, open_checkpoint
 from quantbatch.prompts.rendering import Renderer, check_prompt, row_seed
 from quantbatch.prompts.templates import missing_column
 from quantbatch.prompts.tokens import load_tokenizer
@@ -64,7 +64,8 @@ def check(spec: JobSpec, rows_wanted: int) -> tuple[Checkpoint, Head]:
         JobError: The job could not run.
     """
     preflight.check_places(spec)
-    checkpoint = open_checkpoint(spec.model)
+    card = sizing.card_of(spec)
+    checkpoint = open_checkpoint(spec.model, card.capability if card else None)
     preflight.input_limit(spec, checkpoint)
     listed = listing.list_input(spec.input)
     head = first_rows(spec, listed, rows_wanted)
@@ -170,7 +171,7 @@ def answer(
         for index, row in enumerate(sampled)
         if row.error is None
     ]
-    limit = preflight.input_limit(spec, open_checkpoint(spec.model))
+    limit = preflight.input_limit(spec, find_checkpoint(spec.model))
     job = ReplicaJob(spec, device, limit + spec.sampling.max_new_tokens, str(folder))
     answers = Runner(load_engine(job).engine).submit(requests).result() if requests else {}
     for index, row in enumerate(sampled):

@@ -20,7 +20,7 @@ from quantbatch import rows
 from quantbatch.errors import InputError, JobError, RowError, Stopped, StorageError
 from quantbatch.input import listing, sources
 from quantbatch.ledger import commit_chunk
-from quantbatch.model.checkpoint import open_checkpoint
+from quantbatch.model.checkpoint import find_checkpoint
 from quantbatch.prompts.rendering import Renderer
 from quantbatch.prompts.tokens import load_tokenizer
 from quantbatch.records import Chunk, Receipt, Slice, Trouble, pack, unpack
@@ -153,7 +153,7 @@ def _store(job: ReadJob) -> Store:
 @lru_cache(maxsize=4)
 def _renderer(job: ReadJob) -> Renderer:
     """Build the renderer once in a worker process: loading a tokenizer takes seconds."""
-    checkpoint = open_checkpoint(job.spec.model.seen_from(job.driver_folder))
+    checkpoint = find_checkpoint(job.spec.model.seen_from(job.driver_folder))
     return Renderer(
         job.spec.prompt,
         load_tokenizer(checkpoint.folder),

@@ -83,7 +83,7 @@ def load(
     if device == "cpu":
         # torch would take every core of the machine for each replica on it.
         torch.set_num_threads(max(1, int(spec.cluster.cpus_per_replica)))
-    checkpoint = open_checkpoint(spec.model.seen_from(folder))
+    checkpoint = open_checkpoint(spec.model.seen_from(folder), dtypes.capability(device))
     model = dtypes.resolve(checkpoint, spec.model, device)
     longest_prompt = max_tokens - spec.sampling.max_new_tokens
     kind = torch.device(device).type

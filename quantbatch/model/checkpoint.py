@@ -14,18 +14,20 @@ import importlib.util
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantbatch.errors import ModelError
-from quantbatch.model import hub
-from quantbatch.model.headers import INDEX_FILE, Header, TensorInfo, read_headers, read_json
+from quantbatch.model import formats, hub, packed
+from quantbatch.model.formats import How, Machine, quant_section
+from quantbatch.model.headers import INDEX_FILE, Header, TensorInfo, few, read_headers, read_json
 from quantbatch.spec import FourBit, Int8, Unquantized
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from quantbatch.model.formats import Capability, Verdict
     from quantbatch.spec import Model, Quantization
 
 SMALL_FILES = (
@@ -77,6 +79,8 @@ class Checkpoint:
     """Method by which the checkpoint is quantized already, such as bitsandbytes, gptq or awq."""
     digest: str
     """Identity of the weights: the commit for a repository of the hub, else see `_digest`."""
+    expanded: bool = False
+    """Whether its weights are expanded to `model.dtype` as they are loaded."""
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -84,23 +88,43 @@ class Checkpoint:
         return text_config(self.config)
 
 
-def open_checkpoint(model: Model) -> Checkpoint:
+def open_checkpoint(model: Model, capability: Capability | None = None) -> Checkpoint:
     """Describe a model from its files, fetching small ones if it lives on the hub.
+
+    Args:
+        model: Where it is, and how it is to be loaded.
+        capability: Compute capability of the card that it is for; None if there is none or it is
+            not known. Then nothing is counted on that needs a certain card.
 
     Raises:
         ModelError: It is not there, not whole, or can't be loaded as the spec asks.
     """
-    folder = Path(model.id).expanduser()
-    if folder.is_dir():
-        checkpoint = _open_folder(model, folder.resolve())
-    elif REPOSITORY.fullmatch(model.id) and not folder.exists():
-        checkpoint = _open_repository(model)
-    else:
-        raise _no_such_folder(model.id, folder)
+    checkpoint = find_checkpoint(model)
     _refuse_foreign_code(checkpoint)
     _refuse_other_tasks(checkpoint)
+    if checkpoint.quantized is None:
+        return checkpoint
+    section = quant_section(checkpoint.config)
+    found = formats.judge(checkpoint.quantized, section, Machine.this(capability))
+    checkpoint = replace(checkpoint, expanded=found.how is How.EXPANDED)
     _refuse_other_quantization(checkpoint, model)
+    _refuse_format(checkpoint, model, found)
+    _refuse_codes_without_scales(checkpoint)
     return checkpoint
+
+
+def find_checkpoint(model: Model) -> Checkpoint:
+    """Describe a model from its files, without asking whether it can be loaded as the spec says.
+
+    Raises:
+        ModelError: It is not there, or not whole.
+    """
+    folder = Path(model.id).expanduser()
+    if folder.is_dir():
+        return _open_folder(model, folder.resolve())
+    if REPOSITORY.fullmatch(model.id) and not folder.exists():
+        return _open_repository(model)
+    raise _no_such_folder(model.id, folder)
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,12 +198,8 @@ def _chat_template(folder: Path) -> str | None:
     return None
 
 
-def _quant_section(config: Mapping[str, Any]) -> dict[str, Any]:
-    return config.get("quantization_config") or text_config(config).get("quantization_config") or {}
-
-
 def _quant_method(config: Mapping[str, Any]) -> str | None:
-    section = _quant_section(config)
+    section = quant_section(config)
     if not section:
         return None
     # Checkpoints that transformers saved before 4.32 (August 2023) do not name the method.
@@ -269,13 +289,34 @@ def _refuse_other_tasks(checkpoint: Checkpoint) -> None:
         )
 
 
+def _refuse_format(checkpoint: Checkpoint, model: Model, found: Verdict) -> None:
+    """Refuse what can't be loaded here, or not without taking more than the job allows."""
+    problem = f"{checkpoint.id} is quantized with {checkpoint.quantized}"
+    match found.how:
+        case How.REFUSED:
+            raise ModelError(f"{problem} and can't be loaded here: {found.reason}", found.remedy)
+        case How.EXPANDED if not model.allow_dequantize:
+            raise ModelError(f"{problem}: {found.reason}", formats.ALLOW)
+        case How.EXPANDED | How.AS_IS:
+            pass
+
+
+def _refuse_codes_without_scales(checkpoint: Checkpoint) -> None:
+    alone = (
+        list(packed.without_partner(checkpoint)) if checkpoint.quantized in packed.PAIRED else []
+    )
+    if alone:
+        raise ModelError(
+            f"{checkpoint.id} has codes without scales, or scales without codes: {few(alone)}",
+            "config.json and weights do not belong together: fetch the model again",
+        )
+
+
 def _refuse_other_quantization(checkpoint: Checkpoint, model: Model) -> None:
     """Refuse to quantize what is quantized already, unless the spec asks for just what is there."""
-    if checkpoint.quantized is None:
-        return
     asked = model.resolved().quantization
     assert asked is not None
-    if model.bits is None and isinstance(asked, Unquantized):
+    if isinstance(asked, Unquantized) and (model.bits is None or checkpoint.expanded):
         return
     stored = stored_quantization(checkpoint.config)
     if stored is None or _scheme(stored) != _scheme(asked):
@@ -292,7 +333,7 @@ def stored_quantization(config: Mapping[str, Any]) -> Quantization | None:
     """Return how bitsandbytes quantized a checkpoint; None if it did not."""
     if _quant_method(config) != "bitsandbytes":
         return None
-    section = _quant_section(config)
+    section = quant_section(config)
     if not section.get("load_in_4bit"):
         return Int8(threshold=float(section.get("llm_int8_threshold", 6.0)))
     return FourBit(

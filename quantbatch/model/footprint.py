@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from quantbatch.errors import ModelError
 from quantbatch.model.checkpoint import stored_quantization
+from quantbatch.model.packed import dense_tensors
 from quantbatch.spec import FourBit, Int8, Unquantized
 
 if TYPE_CHECKING:
@@ -196,14 +197,15 @@ def weigh_layers(checkpoint: Checkpoint, model: Model) -> LayeredWeights:
 
 
 def _weigh(checkpoint: Checkpoint, model: Model) -> Weights:
-    if checkpoint.quantized is not None:
+    if checkpoint.quantized is not None and not checkpoint.expanded:
         return _weigh_stored(checkpoint, model)
+    tensors = dense_tensors(checkpoint) if checkpoint.expanded else checkpoint.tensors
     quantization = model.resolved().quantization
     assert quantization is not None
     item_bytes = ITEM_BYTES[weight_dtype(checkpoint, model)]
     params, sizes = Counter[Part](), Counter[Part]()
     shapes = [(0, 0)]
-    for tensor in checkpoint.tensors:
+    for tensor in tensors:
         part = _part_or_skipped(tensor, checkpoint, quantization)
         params[part] += tensor.numel
         if part is Part.LINEAR:

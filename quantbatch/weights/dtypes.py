@@ -33,6 +33,11 @@ def resolve(checkpoint: Checkpoint, model: Model, device: str) -> Model:
     return model.model_copy(update={"dtype": own, "quantization": quantization})
 
 
+def capability(device: str) -> tuple[int, int] | None:
+    """Return the compute capability of a card; None for a CPU."""
+    return None if device == "cpu" else torch.cuda.get_device_capability(device)
+
+
 def fast_dtype(device: str) -> DType:
     """Return the type that a device multiplies fastest in, with the range of bfloat16 if it can."""
     if device == "cpu":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from quantbatch.model.footprint import weigh
 from quantbatch.model.memory import gib
 from quantbatch.spec import FourBit, Int8
-from quantbatch.weights import bnb, placement, pretrained
+from quantbatch.weights import bnb, packed, placement, pretrained
 from quantbatch.weights.dtypes import resolve
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ def load(
     model = resolve(checkpoint, model, device)
     assert model.dtype != "auto"
     config = pretrained.load_config(checkpoint)
+    packed.prepare(checkpoint, config)
     arguments = {}
     if checkpoint.quantized is None and isinstance(model.quantization, Int8 | FourBit):
         arguments["quantization_config"] = bnb.quantization_config(model.quantization, config)
@@ -62,8 +65,10 @@ def load(
         device_map=placement.place(config, card_layers) if card_layers else None,
         **arguments,
     )
+    if checkpoint.expanded:
+        packed.settle_dtype(loaded, getattr(torch, model.dtype))
     compute_dtype = bnb.settle_four_bit_layers(loaded, model, device)
-    weight_bytes = bnb.parameter_bytes(loaded)
+    weight_bytes = bnb.parameter_bytes(loaded) + packed.buffer_bytes(loaded)
     _compare_with_plan(weight_bytes, checkpoint, model)
     return LoadedModel(loaded, device, compute_dtype, weight_bytes)
 

@@ -69,6 +69,7 @@ def load_pretrained(
         loaded, report = hf.AutoModelForCausalLM.from_pretrained(
             **_source(checkpoint),
             **arguments,
+            config=config,
             dtype=getattr(torch, dtype),
             device_map=dict(device_map or {"": device}),
             attn_implementation=_attention(config),

@@ -129,7 +129,18 @@ def test_sizes(count: int, text: str) -> None:
 def test_help_names_the_commands_and_exit_codes() -> None:
     result = call("--help")
     assert result.exit_code == 0
-    for word in ("run", "plan", "validate", "sample", "status", "verify", "schema", "init", "75"):
+    for word in (
+        "run",
+        "plan",
+        "validate",
+        "sample",
+        "status",
+        "verify",
+        "formats",
+        "schema",
+        "init",
+        "75",
+    ):
         assert word in result.stdout
 
 
@@ -475,7 +486,26 @@ def test_verify(folder: Path) -> None:
     assert document(call("verify", "job.yaml", "--json"))["outcome"] == "problems"
 
 
-# ---- schema, init
+# ---- formats, schema, init
+
+
+def test_formats_lists_what_can_be_loaded_here() -> None:
+    shown = call("formats", "--card", "RTX 3090")
+    assert "compute capability 8.9" in shown.stdout
+    assert "model.allow_dequantize" in shown.stdout
+    described = document(call("formats", "--json", "--card", "RTX 4090"))
+    by_name = {row["format"]: row for row in described["formats"]}
+    assert by_name["bitsandbytes"]["how"] == "as it is"
+    assert by_name["compressed-tensors, FP8 W8A8"]["how"] == "as it is"
+    assert by_name["gguf"]["planned"] == "16 bits"
+    assert by_name["hqq"]["how"] == "refused"
+    assert described["capability"] == "8.9"
+
+
+def test_formats_wants_a_card_that_is_known() -> None:
+    wrong = call("formats", "--card", "RTX 4091")
+    assert wrong.exit_code == 2
+    assert "did you mean RTX 4090" in wrong.stderr
 
 
 def test_schema_is_the_kept_file() -> None:

@@ -19,6 +19,7 @@ import pytest
 from typing_extensions import override
 
 from quantbatch.errors import ModelError
+from quantbatch.model import formats
 from quantbatch.model.checkpoint import SAMPLE_BYTES, Checkpoint, open_checkpoint
 from quantbatch.model.headers import SINGLE_FILE, TensorInfo
 from quantbatch.spec import FourBit, Int8, Model, Unquantized
@@ -350,10 +351,51 @@ INT8 = {"load_in_8bit": True}
     ],
 )
 def test_a_quantized_checkpoint_is_taken_as_it_is(
-    tmp_path: Path, section: dict[str, Any] | None, method: str | None, fields: Fields
+    tmp_path: Path,
+    section: dict[str, Any] | None,
+    method: str | None,
+    fields: Fields,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    packages = {"bitsandbytes": "0.50.2", "gptqmodel": "7.7.0", "optimum": "2.3.0"}
+    monkeypatch.setattr(formats, "_installed", lambda: packages)
     write_model(tmp_path, CONFIG | {"quantization_config": section})
     assert open_folder(tmp_path, fields).quantized == method
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("gptq", 'pip install "quantbatch[gptq]"'),
+        ("hqq", "NotImplementedError"),
+        ("fp8", "model.allow_dequantize: true"),
+        ("fp3", "does not know this method"),
+    ],
+)
+def test_a_format_that_can_not_be_loaded_here_is_refused_with_the_remedy(
+    tmp_path: Path, method: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "_installed", dict)
+    message = refusal(
+        write_model(tmp_path, CONFIG | {"quantization_config": {"quant_method": method}})
+    )
+    assert f"is quantized with {method}" in message
+    assert words in message
+
+
+def test_a_card_that_multiplies_fp8_needs_no_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "_installed", lambda: {"kernels": "0.18.2"})
+    write_model(tmp_path, CONFIG | {"quantization_config": {"quant_method": "fp8"}})
+    model = Model(id=str(tmp_path))
+    assert not open_checkpoint(model, (8, 9)).expanded
+    allowed = model.model_copy(update={"allow_dequantize": True})
+    assert not open_checkpoint(allowed, (8, 9)).expanded
+    assert open_checkpoint(allowed, (8, 6)).expanded
+    assert open_checkpoint(allowed).expanded
+    with pytest.raises(ModelError, match=r"compute capability 8\.9"):
+        open_checkpoint(model, (8, 6))
 
 
 @pytest.mark.parametrize(
