@@ -12,8 +12,6 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from quantbatch.engine import attention
 from quantbatch.engine.attention import PassThroughCache, UnsupportedModelError, attending
 from quantbatch.engine.kvstore import Span, send
@@ -43,7 +41,6 @@ class Forward:
         self.model = model
         self.store = store
         self._cache = PassThroughCache()
-        self._last_card = _last_card(model)
         _set_attention(model)
         if "logits_to_keep" not in inspect.signature(model.forward).parameters:
             raise UnsupportedModelError(f"{type(model).__name__} scores whole prompts only")
@@ -75,8 +72,6 @@ class Forward:
     def run(self, tokens_T: Tensor, positions_T: Tensor, ends_B: Tensor) -> Tensor:
         """Run the model with the store as it was prepared."""
         model: Any = self.model
-        if self._last_card is not None:
-            ends_B = ends_B.to(self._last_card)  # where the last hidden states are
         with attending(self.store):
             output = model(
                 input_ids=tokens_T[None],
@@ -88,12 +83,6 @@ class Forward:
         scores_BV: Tensor = output.logits[0]
         assert scores_BV.shape[0] == ends_B.shape[0], "the model scored other tokens than asked"
         return scores_BV
-
-
-def _last_card(model: PreTrainedModel) -> torch.device | None:
-    """Return the card of a model's last layers if they are spread over several."""
-    cards = set(getattr(model, "hf_device_map", {}).values())
-    return torch.device("cuda", max(cards)) if len(cards) > 1 else None
 
 
 def _set_attention(model: PreTrainedModel) -> None:

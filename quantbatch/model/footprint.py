@@ -168,13 +168,13 @@ def weigh(checkpoint: Checkpoint, model: Model) -> Weights:
 
 
 class LayeredWeights(NamedTuple):
-    """Bytes of a loaded model in the order in which a forward pass meets them."""
+    """Bytes of a loaded model by where they go when it is spread over cards."""
 
-    before: int
-    """Embeddings."""
+    besides: int
+    """Embeddings and norms: on the first card."""
     layers: tuple[int, ...]
-    after: int
-    """The last norm and the output head, if that is not tied to the embedding."""
+    head: int
+    """The output head, if it is not tied to the embedding: on the last card."""
 
 
 def weigh_layers(checkpoint: Checkpoint, model: Model) -> LayeredWeights:
@@ -188,12 +188,12 @@ def weigh_layers(checkpoint: Checkpoint, model: Model) -> LayeredWeights:
         if found:
             parts[1 + int(found[1])].append(tensor)
         else:
-            is_embedding = EMBEDDING.search(_module(tensor.name).rpartition(".")[2])
-            parts[0 if is_embedding else -1].append(tensor)
-    before, *layers, after = (
+            is_head = _module(tensor.name).rpartition(".")[2] in HEADS
+            parts[-1 if is_head else 0].append(tensor)
+    besides, *layers, head = (
         _weigh(replace(checkpoint, tensors=tuple(tensors)), model).total_bytes for tensors in parts
     )
-    return LayeredWeights(before, tuple(layers), after)
+    return LayeredWeights(besides, tuple(layers), head)
 
 
 def _weigh(checkpoint: Checkpoint, model: Model) -> Weights:

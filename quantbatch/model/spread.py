@@ -3,8 +3,8 @@
 A model that no single card holds is cut into runs of layers, one for each card; a forward goes
 through them one after the other, so several cards give room and no speed. Each card takes the
 weights of its layers and their part of the KV cache, and what every process with a card takes
-besides. The embeddings come before the first layer; the last norm and the output head after the
-last, unless the head is the embedding (tied).
+besides. The first card has the embeddings too, and the last one the output head, unless that is the
+embedding (tied).
 
 The cache is one number of tokens for all layers, so it is bounded by the fullest card. The cut that
 leaves room for the most tokens is found first, then, among those that do, the one whose fullest
@@ -97,9 +97,9 @@ def _cut(
     counts: list[int] = []
     rest = list(weights.layers)
     for card in range(cards):
-        left = room_bytes - (weights.before if card == 0 else 0)
+        left = room_bytes - (weights.besides if card == 0 else 0)
         is_last = card == cards - 1
-        left -= weights.after if is_last else 0
+        left -= weights.head if is_last else 0
         count = 0
         later = cards - 1 - card
         while len(rest) - count > later and left >= rest[count] + kv_bytes_of_layer:
@@ -120,6 +120,6 @@ def _card_bytes(
         own = sum(weights.layers[first : first + count])
         found.append(own + count * kv_bytes_of_layer)
         first += count
-    found[0] += weights.before
-    found[-1] += weights.after
+    found[0] += weights.besides
+    found[-1] += weights.head
     return tuple(found)

@@ -20,8 +20,9 @@ hf: Any = transformers
 def place(config: Any, card_layers: Sequence[int]) -> dict[str, int]:  # noqa: ANN401
     """Return a device map for accelerate: the number of a card by the name of a module.
 
-    What comes before the layers is on the first card, what comes after on the last; an output head
-    that is tied to the embedding stays with it.
+    What is beside the layers is on the first card, the last norm too, because the inputs of a
+    forward are there, among them which tokens to score. The output head is on the last card, unless
+    it is tied to the embedding.
 
     Args:
         config: The model's configuration, of transformers.
@@ -38,10 +39,11 @@ def place(config: Any, card_layers: Sequence[int]) -> dict[str, int]:  # noqa: A
             f"{type(model).__name__} has {len(layers)} layers, but its files {sum(card_layers)}"
         )
     placed: dict[str, int] = {}
-    _place_besides(model, "", path, len(card_layers) - 1, placed)
+    _place_besides(model, "", path, placed)
     head = model.get_output_embeddings()
-    if head is not None and head.weight is model.get_input_embeddings().weight:
-        placed[next(name for name, module in model.named_modules() if module is head)] = 0
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        head_path = next(name for name, module in model.named_modules() if module is head)
+        placed[head_path] = len(card_layers) - 1
     cards = [card for card, count in enumerate(card_layers) for _ in range(count)]
     return placed | {f"{path}.{index}": card for index, card in enumerate(cards)}
 
@@ -55,19 +57,11 @@ def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: (len(item[1]), -item[0].count(".")))
 
 
-def _place_besides(
-    module: nn.Module, name: str, path: str, last: int, placed: dict[str, int]
-) -> None:
-    """Place everything beside the layers: embeddings first, in the order of the forward."""
-    is_after = False
+def _place_besides(module: nn.Module, name: str, path: str, placed: dict[str, int]) -> None:
+    """Place everything beside the layers on the first card."""
     for child_name, child in module.named_children():
         child_path = f"{name}.{child_name}" if name else child_name
-        if child_path == path:
-            is_after = True
-        elif path.startswith(f"{child_path}."):
-            _place_besides(child, child_path, path, last, placed)
-            is_after = True
-        else:
-            # Rotary embeddings have no weights and are computed before the layers.
-            is_rotary = not any(True for _ in child.parameters())
-            placed[child_path] = last if is_after and not is_rotary else 0
+        if path.startswith(f"{child_path}."):
+            _place_besides(child, child_path, path, placed)
+        elif child_path != path:
+            placed[child_path] = 0

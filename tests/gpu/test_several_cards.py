@@ -81,9 +81,9 @@ def test_each_card_takes_what_was_planned(kind: str, billion: Path) -> None:
     model = dtypes.resolve(checkpoint, model, "cuda")
     asked = Work(max_tokens=1024, prompt_tokens=800, step_tokens=512, greedy=True, cards=2)
     plan = plan_memory(checkpoint, model, asked, 3 << 30)
-    before, layers, after = weigh_layers(checkpoint, model)
+    besides, layers, head = weigh_layers(checkpoint, model)
     first = plan.card_layers[0]
-    planned = [before + sum(layers[:first]), after + sum(layers[first:])]
+    planned = [besides + sum(layers[:first]), head + sum(layers[first:])]
     gc.collect()
     torch.cuda.empty_cache()
     start = [torch.cuda.memory_allocated(card) for card in range(2)]
@@ -92,6 +92,5 @@ def test_each_card_takes_what_was_planned(kind: str, billion: Path) -> None:
     print(f"{kind}: planned {[p >> 20 for p in planned]} MiB, allocated {[t >> 20 for t in taken]}")
     for mine, theirs in zip(planned, taken, strict=True):
         assert mine <= theirs
-        # The allocator leaves up to a megabyte unused behind a tensor.
-        assert theirs <= 1.03 * mine
+        assert theirs <= 1.005 * mine  # each tensor is rounded up to 512 bytes
     del loaded

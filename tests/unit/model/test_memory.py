@@ -643,8 +643,8 @@ def test_70_billion_parameters_fit_two_cards_of_24_gb() -> None:
     assert plan.device_bytes == 2 * CARD
     # The fuller card bounds the cache.
     layers = weigh_layers(llama_70b(), model(bits=4))
-    first = layers.before + sum(layers.layers[: plan.card_layers[0]])
-    last = layers.after + sum(layers.layers[plan.card_layers[0] :])
+    first = layers.besides + sum(layers.layers[: plan.card_layers[0]])
+    last = layers.head + sum(layers.layers[plan.card_layers[0] :])
     besides = (plan.workspace_bytes + plan.overhead_bytes + plan.reserve_bytes) // 2
     for weights, count in ((first, plan.card_layers[0]), (last, plan.card_layers[1])):
         kv_bytes = plan.kv_bytes * count // 80

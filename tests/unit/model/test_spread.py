@@ -28,8 +28,8 @@ def cuts(layers: int, cards: int) -> Iterator[tuple[int, ...]]:
 def card_weights(weights: LayeredWeights, cut: Sequence[int]) -> list[int]:
     ends = list(itertools.accumulate(cut, initial=0))
     found = [sum(weights.layers[a:b]) for a, b in itertools.pairwise(ends)]
-    found[0] += weights.before
-    found[-1] += weights.after
+    found[0] += weights.besides
+    found[-1] += weights.head
     return found
 
 
