@@ -27,6 +27,8 @@ def resolve(checkpoint: Checkpoint, model: Model, device: str) -> Model:
     own, fast = weight_dtype(checkpoint, model), fast_dtype(device)
     if model.dtype == "auto" and own not in ("float32", fast):
         own = "float32" if device == "cpu" else "float16"
+    if checkpoint.quantized == "awq" and device != "cpu":
+        own = "float16"  # transformers casts it in any case: its kernels have no other (5.23)
     quantization = model.quantization
     if isinstance(quantization, FourBit) and quantization.compute_dtype == "auto":
         quantization = quantization.model_copy(update={"compute_dtype": fast})

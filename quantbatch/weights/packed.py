@@ -8,6 +8,9 @@ checkpoint: it sets environment variables and exchanges functions of transformer
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
     from quantbatch.model.checkpoint import Checkpoint
 
+GPTQ_BUFFERS = frozenset({"qweight", "qzeros", "scales", "g_idx", "bias"})
 FEW_CORES = 2
 """gptqmodel 7.7 fails at its import on machines with no more cores than that ("Virtual pool
 'model_loader:cpu' requests 2 workers but parent 'cpu' only has 1"), unless told to use two."""
@@ -31,8 +35,7 @@ def prepare(checkpoint: Checkpoint, config: Any) -> None:  # noqa: ANN401 - of t
     """
     match checkpoint.quantized:
         case "gptq" | "awq":
-            if (os.cpu_count() or 1) <= FEW_CORES:
-                os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(FEW_CORES))
+            _import_gptqmodel()
         case "compressed-tensors":
             section = _section(config)
             section["dequantize"] = checkpoint.expanded
@@ -41,6 +44,15 @@ def prepare(checkpoint: Checkpoint, config: Any) -> None:  # noqa: ANN401 - of t
             _section(config)["dequantize"] = checkpoint.expanded
         case _:
             pass
+
+
+def _import_gptqmodel() -> None:
+    """Import gptqmodel, which prints a banner and its doings to stdout, where ours are results."""
+    if (os.cpu_count() or 1) <= FEW_CORES:
+        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(FEW_CORES))
+    with contextlib.redirect_stdout(io.StringIO()):
+        importlib.import_module("gptqmodel")
+        importlib.import_module("logbar").LogBar.shared().setLevel("ERROR")
 
 
 def _section(config: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -63,10 +75,13 @@ def settle_dtype(loaded: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def buffer_bytes(loaded: torch.nn.Module) -> int:
-    """Return what codes and scales take that are kept as buffers: those of GPTQ and AWQ."""
+    """Return what the codes and scales of GPTQ and AWQ take, which are buffers. Not counted is what
+    a kernel adds to them, such as a table of shifts (64 bytes a layer at 4 bits on a CPU).
+    """
     return sum(
         buffer.numel() * buffer.element_size()
         for module in loaded.modules()
         if hasattr(module, "qweight")
-        for buffer in module.buffers(recurse=False)
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in GPTQ_BUFFERS
     )

@@ -33,6 +33,8 @@ hf: Any = transformers
 pytestmark = [
     # optimum 2.3 reads a deprecated property of transformers 5.23.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    # gptqmodel 7.7 leaves a temporary folder to the garbage collector.
+    pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning"),
 ]
 
 MISSING = Machine.this().lacks(GPTQ)
@@ -219,3 +221,9 @@ def test_codes_without_their_scales_are_refused(folders: Path, tmp_path: Path, n
     message = refusal(tmp_path, allow_dequantize=True, dtype="float32")
     assert "codes without scales" in message
     assert "up_proj" in message
+
+
+@needs_gptq
+def test_gptqmodel_says_nothing_on_stdout(folders: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    logits(loaded(folders / "gptq", dtype="float32").model)
+    assert capfd.readouterr().out == ""
