@@ -19,7 +19,7 @@ import sys
 import traceback
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -318,6 +318,53 @@ def verify(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False)
         else:
             console.say_verdict(verdict.to_json())
         raise typer.Exit(verdict.exit_code)
+
+
+@app.command("compare")
+def compare_widths(  # noqa: PLR0913 - an argument for each option
+    spec: SpecPath,
+    bits: Annotated[
+        str,
+        typer.Option(help="Widths: 4, 8, 16, 32, or names such as bf16, int8, nf4, nf4-nodq, fp4."),
+    ] = "16,8,4",
+    rows: Annotated[int, typer.Option(help="Rows to compare, spread over the input.")] = 300,
+    reference: Annotated[
+        str | None, typer.Option(help="The width to compare with; the first that fits if not said.")
+    ] = None,
+    gold: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Input column with the right answers.")
+    ] = None,
+    prompts: Annotated[
+        bool, typer.Option("--prompts", help="Compare on the prompts' own tokens, too.")
+    ] = False,
+    on_cluster: Annotated[
+        bool, typer.Option("--cluster", help="Run the models on the job's Ray cluster, not here.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the report; out/compare/NAME if not said.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the same rows through several bit widths and tell what each costs in quality."""
+    with _outcome(as_json):
+        job = _load(spec, overrides)
+        from quantbatch.compare.job import Choices, compare
+
+        choices = Choices(bits, rows, reference, gold, with_prompts=prompts)
+        document = compare(job, choices, on_cluster=on_cluster, say=console.note)
+        _show_comparison(document, out or Path("out/compare", job.name), as_json=as_json)
+
+
+def _show_comparison(document: dict[str, Any], folder: Path, *, as_json: bool) -> None:
+    from quantbatch.compare import report
+
+    report.save(document, folder)
+    if as_json:
+        console.say_document(document)
+    else:
+        console.say(report.table(document))
+        console.say(console.facts([*report.remarks(document), ("report", f"{folder}/index.html")]))
 
 
 @app.command()

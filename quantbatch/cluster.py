@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import ray
 import ray.data
@@ -20,12 +20,14 @@ import ray.exceptions
 from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 
-from quantbatch.errors import ClusterError, Stopped
+from quantbatch.errors import ClusterError, JobError, Stopped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from quantbatch.spec import Cluster, JobSpec
+
+T = TypeVar("T")
 
 _ONE_CHUNK = {"batch_size": 1, "batch_format": "pyarrow"}
 COMMITS_AT_ONCE = 8
@@ -257,6 +259,31 @@ def replica_options(spec: JobSpec, device: str, in_flight: int) -> dict[str, Any
         ),
         **_restarts(spec),
     }
+
+
+def run_once(spec: JobSpec, device: str, function: Callable[[], T]) -> T:
+    """Call a function in a process where a replica of the job would run, on its card if it has one.
+
+    Raises:
+        JobError: The function raised it.
+    """
+    on_gpu = device == "cuda"
+    needs = {
+        "num_gpus": spec.cluster.gpus_per_replica if on_gpu else 0,
+        "num_cpus": 0 if on_gpu else spec.cluster.cpus_per_replica,
+        "max_retries": 0,
+    }
+    try:
+        found: T = ray.get(ray.remote(**needs)(_call).remote(function))
+        return found
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, JobError):
+            raise error.cause from error
+        raise
+
+
+def _call(function: Callable[[], T]) -> T:
+    return function()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,216 @@
+"""A comparison from its beginning to its end: `prepare` here, `measure` where the card is.
+
+`compare` does both in this process; `jobs/compare_bits.py` sends the second to a cluster.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantbatch import preflight, sizing
+from quantbatch.compare.candidates import Candidate, candidates_of, name_of, plan_field
+from quantbatch.compare.rows import spread_rows
+from quantbatch.errors import DoesNotFit, JobError, ModelError, SpecError
+from quantbatch.model.checkpoint import open_checkpoint
+from quantbatch.model.memory import Work
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from quantbatch.compare.candidates import Field
+    from quantbatch.compare.rows import ComparedRows
+    from quantbatch.compare.runner import FirstRun, Measured, Setting
+    from quantbatch.model.checkpoint import Checkpoint
+    from quantbatch.spec import JobSpec
+
+DEFAULT_BITS = "16,8,4"
+DEFAULT_ROWS = 300
+"""If none of 300 labels flips, fewer than 1 % do; 64 rows are enough for the divergence alone."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is compared, as the user says it."""
+
+    bits: str = DEFAULT_BITS
+    rows: int = DEFAULT_ROWS
+    reference: str | None = None
+    gold: str | None = None
+    with_prompts: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A comparison that may start."""
+
+    spec: JobSpec
+    """The job, greedy."""
+    choices: Choices
+    checkpoint: Checkpoint
+    candidates: tuple[Candidate, ...]
+    reference: str | None
+    """Name of the width that was asked for as the reference."""
+    rows: ComparedRows
+    max_tokens: int
+    samples: bool
+    """Whether the job itself would draw its answers, which are compared greedily all the same."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured."""
+
+    reference: Measured
+    again: Measured
+    """The reference in other batches."""
+    others: tuple[Measured, ...]
+    skipped: dict[str, str]
+    """Widths that could not take part, with the reason."""
+    device: str
+
+
+def compare(
+    spec: JobSpec, choices: Choices, *, on_cluster: bool = False, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Compare, and return the report as a document.
+
+    Args:
+        spec: The job.
+        choices: What to compare.
+        on_cluster: Whether the models run on the job's Ray cluster instead of in this process.
+        say: Told what is being done.
+
+    Raises:
+        JobError: The comparison can't run.
+    """
+    from quantbatch.compare.report import describe
+
+    prepared = prepare(spec, choices)
+    run = _measure_there if on_cluster else _measure_here
+    return describe(prepared, run(prepared, str(Path.cwd()), say))
+
+
+def _measure_here(prepared: Prepared, folder: str, say: Callable[[str], None]) -> Outcome:
+    from quantbatch.sample import best_device
+
+    device = best_device(prepared.spec)
+    if device == "cpu" and prepared.spec.cluster.gpus_per_replica:
+        say("there is no card here: the models run on the CPU")
+    return measure(prepared, device=device, folder=folder, say=say)
+
+
+def _measure_there(prepared: Prepared, folder: str, say: Callable[[str], None]) -> Outcome:
+    from quantbatch import cluster
+
+    spec = prepared.spec
+    with cluster.connected(spec.cluster) as session, cluster.explained(spec):
+        say(f"the models run on the cluster, on {session.device}")
+        there = partial(measure, prepared, device=session.device, folder=folder, say=_quiet)
+        return cluster.run_once(spec, session.device, there)
+
+
+def _quiet(_: str) -> None:
+    """Say nothing: what a process of Ray prints is lost or comes in between."""
+
+
+def prepare(spec: JobSpec, choices: Choices) -> Prepared:
+    """Check what can be checked without a card, and read and render the rows.
+
+    Raises:
+        JobError: The comparison can't run, with the reason and the remedy.
+    """
+    if spec.engine.kind == "echo":
+        raise SpecError(
+            JobError("engine.kind is echo: there is no model to compare", "such as continuous")
+        )
+    samples = spec.sampling.temperature > 0
+    greedy = spec.sampling.model_copy(update={"temperature": 0.0, "n": 1, "logprobs": None})
+    # Any number of bits is about to be asked for: what the job says is but one of them.
+    plain = spec.model.model_copy(update={"bits": None, "quantization": None})
+    checkpoint = open_checkpoint(plain)
+    model = spec.model.model_copy(update={"bits": None})
+    spec = spec.model_copy(update={"sampling": greedy, "model": model})
+    reference, bits = None, choices.bits
+    if choices.reference is not None:
+        reference = name_of(choices.reference, "--reference", checkpoint)
+        bits = f"{reference},{bits}"
+    candidates = candidates_of(bits, model, checkpoint)
+    limit = preflight.input_limit(spec, checkpoint)
+    rows = spread_rows(spec, checkpoint, choices.rows, choices.gold)
+    max_tokens = limit + greedy.max_new_tokens
+    return Prepared(
+        spec, choices, checkpoint, tuple(candidates), reference, rows, max_tokens, samples
+    )
+
+
+def measure(prepared: Prepared, *, device: str, folder: str, say: Callable[[str], None]) -> Outcome:
+    """Run each width, the reference first; one model at a time.
+
+    Args:
+        prepared: What to compare.
+        device: `cuda` or `cpu`.
+        folder: What a relative path of the model is relative to.
+        say: Told what is being done.
+
+    Raises:
+        JobError: No width fits, or the reference does not run.
+    """
+    from quantbatch.compare.runner import Setting, run_candidate
+
+    setting = Setting(
+        prepared.spec,
+        prepared.rows.rows,
+        device,
+        prepared.max_tokens,
+        folder,
+        prepared.choices.with_prompts,
+    )
+    field = _field(prepared, device, folder)
+    for name, why in field.skipped.items():
+        say(f"{name} is skipped: {why}")
+    first = _first_run(setting, field, say)
+    skipped, others = dict(field.skipped), []
+    for candidate in (planned.candidate for planned in field.fitting[1:]):
+        began = time.perf_counter()
+        try:
+            others.append(run_candidate(setting, candidate, first.reference))
+        except (DoesNotFit, ModelError) as error:
+            skipped[candidate.name] = error.problem.split("\n", 1)[0]
+            say(f"{candidate.name} is skipped: {skipped[candidate.name]}")
+            continue
+        say(f"{candidate.name}: {len(setting.rows)} rows in {time.perf_counter() - began:.1f} s")
+    return Outcome(first.measured, first.again, tuple(others), skipped, device)
+
+
+def _field(prepared: Prepared, device: str, folder: str) -> Field:
+    from quantbatch.weights import peak
+
+    spec = prepared.spec
+    limit = prepared.max_tokens - spec.sampling.max_new_tokens
+    work = Work.of(spec, prepared.checkpoint, max_input_tokens=limit, device=device)
+    named = sizing.card_of(spec)
+    rooms = [
+        peak.device_bytes(device, spec.cluster.gpus_per_replica),
+        sizing.share_bytes(spec.cluster, named) if named else None,
+    ]
+    room = min((size for size in rooms if size is not None), default=None)
+    models = [
+        Candidate(candidate.name, candidate.model.seen_from(folder))
+        for candidate in prepared.candidates
+    ]
+    return plan_field(models, prepared.reference, work, room)
+
+
+def _first_run(setting: Setting, field: Field, say: Callable[[str], None]) -> FirstRun:
+    from quantbatch.compare.runner import run_reference
+
+    candidate = field.fitting[0].candidate
+    began = time.perf_counter()
+    first = run_reference(setting, candidate)
+    took = time.perf_counter() - began
+    say(f"{candidate.name}, the reference: {len(setting.rows)} rows, twice, in {took:.1f} s")
+    return first

@@ -1,0 +1,283 @@
+"""The report of a comparison: one JSON document, and what a person reads of it on a terminal.
+
+What may be claimed is said here too. Never that a width loses nothing: only how large a difference
+would have been seen, with how many rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from quantbatch.compare import figures
+from quantbatch.compare.candidates import is_original, own_dtype
+from quantbatch.compare.divergence import TOP_WORDS
+from quantbatch.compare.statistics import LEVEL, RESAMPLES, SEED, Bootstrap, rule_of_three
+from quantbatch.console import plain, several, size
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from quantbatch.compare.job import Outcome, Prepared
+    from quantbatch.compare.runner import Measured
+
+SIGNIFICANT = 0.05
+"""Below this p of McNemar's test an accuracy is said to differ."""
+
+
+def describe(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
+    """Return the report as a document of JSON types."""
+    rows = prepared.rows
+    gold = [row.gold for row in rows.rows]
+    bootstrap = Bootstrap(len(rows.rows))
+
+    def width(measured: Measured, reference: Measured | None) -> dict[str, Any]:
+        return _describe_width(measured, reference, gold, bootstrap)
+
+    noise = width(outcome.again, outcome.reference)
+    others = [width(measured, outcome.reference) for measured in outcome.others]
+    for described in others:
+        described["verdict"] = verdict(_finite(described), _finite(noise), len(rows.rows))
+    name = outcome.reference.name
+    document = {
+        "outcome": "compared",
+        "exit_code": 0,
+        "name": prepared.spec.name,
+        "model": prepared.checkpoint.id,
+        "device": outcome.device,
+        "reference": name,
+        "reference_is": _what_the_reference_is(name, prepared),
+        "rows": {
+            "compared": len(rows.rows),
+            "asked": rows.asked,
+            "in_input": rows.in_input,
+            "left_out": dict(rows.left_out),
+        },
+        "gold": prepared.choices.gold,
+        "greedy_instead_of_sampled": prepared.samples,
+        "method": {
+            "kl": f"reference || candidate, nats a token, a lower bound from the {TOP_WORDS}"
+            " likeliest words and the mass of all others, on the reference's own greedy answers",
+            "intervals": f"{LEVEL:.0%}, percentile bootstrap over rows,"
+            f" {RESAMPLES:,} resamples, seed {SEED}",
+        },
+        "noise_floor": noise,
+        "widths": [width(outcome.reference, None), *others],
+        "skipped": outcome.skipped,
+    }
+    found: dict[str, Any] = _finite(document)
+    return found
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - of a document
+    """Return a document with null in place of numbers that JSON lacks."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _describe_width(
+    measured: Measured,
+    reference: Measured | None,
+    gold: Sequence[str | None],
+    bootstrap: Bootstrap,
+) -> dict[str, Any]:
+    said = measured.said
+    theirs = None if reference is None else reference.said
+    described: dict[str, Any] = {
+        "name": measured.name,
+        **figures.describe_loading(measured.loading, said),
+        "counts": figures.describe_counts(said, gold),
+        "accuracy": figures.describe_accuracy(said, gold, bootstrap, theirs),
+    }
+    if reference is None or measured.differences is None:
+        return described
+    found = measured.differences
+    return described | {
+        "divergence": figures.describe_divergence(found.of(prompts=False), bootstrap),
+        "divergence_on_prompts": figures.describe_divergence(found.of(prompts=True), bootstrap),
+        "answers": figures.describe_answers(reference.said, said, bootstrap),
+        "labels": figures.describe_labels(reference.said, said, bootstrap),
+    }
+
+
+def _what_the_reference_is(name: str, prepared: Prepared) -> str:
+    checkpoint = prepared.checkpoint
+    if is_original(name, checkpoint):
+        return f"{name}, which holds the checkpoint's own numbers"
+    if checkpoint.quantized is not None:
+        there = f"quantized ({checkpoint.quantized}) already"
+    else:
+        there = f"stored as {own_dtype(checkpoint)}"
+    return (
+        f"{name}, while the checkpoint is {there}: differences are from {name}, and no measure of"
+        " what is lost against the original"
+    )
+
+
+# ---- what may be claimed
+
+
+def verdict(width: Mapping[str, Any], noise: Mapping[str, Any], rows: int) -> list[str]:
+    """Say what was seen of a width, and how large a difference could have been missed."""
+    seen = f"with {several(rows, 'row')}"
+    said = [*_said_of_divergence(width["divergence"], noise["divergence"], seen)]
+    said.append(_said_of_labels(width["labels"], seen))
+    if width["accuracy"] and "difference" in width["accuracy"]:
+        said.append(_said_of_accuracy(width["accuracy"]))
+    return said
+
+
+def _said_of_divergence(
+    found: Mapping[str, Any] | None, noise: Mapping[str, Any] | None, seen: str
+) -> Sequence[str]:
+    if found is None:
+        return ["no token of an answer could be compared"]
+    kl = found["kl_mean"]
+    broken = found["not_finite"]
+    said = [f"scores of {several(broken, 'token')} are no numbers"] if broken else []
+    floor = noise["kl_mean"]["high"] if noise else 0.0
+    if kl["high"] <= floor:
+        return [*said, f"no difference larger than the noise, {nats(floor)} nats a token, {seen}"]
+    interval = f"{nats(kl['low'])} to {nats(kl['high'])}"
+    return [*said, f"differs by {nats(kl['value'])} nats a token ({interval}) {seen}"]
+
+
+def _said_of_labels(labels: Mapping[str, Any], seen: str) -> str:
+    least, most = 1 - labels["same"]["high"], 1 - labels["same"]["low"]
+    if not labels["flipped"]:
+        return f"no difference in more than {most:.2%} of labels seen {seen}"
+    return f"{labels['flipped']:,} labels differ, {least:.2%} to {most:.2%}, seen {seen}"
+
+
+def _said_of_accuracy(accuracy: Mapping[str, Any]) -> str:
+    change, p = accuracy["difference"], accuracy["mcnemar_mid_p"]
+    seen = f"with {several(accuracy['rows'], 'row')} (McNemar mid-p {p:.2g})"
+    if p < SIGNIFICANT:
+        interval = f"{points(change['low'])} to {points(change['high'])}"
+        return f"accuracy differs by {points(change['value'])} points ({interval}) {seen}"
+    most = max(abs(change["low"]), abs(change["high"]))
+    if not accuracy["right_to_wrong"] + accuracy["wrong_to_right"]:
+        most = rule_of_three(accuracy["rows"])
+    return f"no difference in accuracy larger than {100 * most:.1f} points seen {seen}"
+
+
+def nats(value: float | None) -> str:
+    """Write a divergence."""
+    return "?" if value is None else f"{value:.2g}"
+
+
+def points(share: float) -> str:
+    """Write a change of a share in percentage points."""
+    return f"{100 * share:+.1f}"
+
+
+# ---- on a terminal
+
+
+def table(document: Mapping[str, Any]) -> Table:
+    """Return the figures of all widths, a line each."""
+    has_gold = document["gold"] is not None
+    made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in (*COLUMNS, *(("accuracy", "mid-p") if has_gold else ())):
+        made.add_column(name, justify="left" if name == "width" else "right")
+    reference, *others = document["widths"]
+    again = document["noise_floor"] | {"name": f"{reference['name']} again"}
+    for width in (reference, again, *others):
+        cells = cells_of(width) + (_gold_cells(width) if has_gold else [])
+        made.add_row(*(Text(plain(cell)) for cell in cells))
+    return made
+
+
+COLUMNS = (
+    "width",
+    "weights",
+    "saved",
+    "KL mean (95 %)",
+    "KL p99",
+    "perplexity",
+    "same top",
+    "identical",
+    "differs at",
+    "same label",
+    "tokens/s",
+)
+
+
+def cells_of(width: Mapping[str, Any]) -> list[str]:
+    """Return a width's figures in the order of `COLUMNS`; empty where it is the reference."""
+    memory = width["memory"]
+    cells = [width["name"], size(memory["weight_bytes"]), f"{memory['saved']:.1%}"]
+    speed = f"{width['speed']['tokens_per_s']:,.0f}"
+    if "answers" not in width:
+        return [*cells, *[""] * 7, speed]
+    found, answers = width["divergence"], width["answers"]
+    if found is None:
+        cells += [""] * 4
+    else:
+        kl = found["kl_mean"]
+        cells += [
+            f"{nats(kl['value'])} ({nats(kl['low'])} - {nats(kl['high'])})",
+            nats(found["kl_p99"]["value"]),
+            f"x{found['perplexity_ratio']['value'] or math.inf:.4f}",
+            f"{found['same_top']['value']:.2%}",
+        ]
+    median = answers["first_difference_median"]
+    place = "" if median is None else f"token {median + 1:g}"
+    same = width["labels"]["same"]["value"]
+    return [*cells, f"{answers['identical']['value']:.1%}", place, f"{same:.1%}", speed]
+
+
+def _gold_cells(width: Mapping[str, Any]) -> list[str]:
+    accuracy = width["accuracy"]
+    if accuracy is None:
+        return ["", ""]
+    p = accuracy.get("mcnemar_mid_p")
+    return [f"{accuracy['value']['value']:.1%}", "" if p is None else f"{p:.2g}"]
+
+
+def remarks(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what is to be said besides the figures: a subject and a sentence each."""
+    rows = document["rows"]
+    spread = f"{rows['compared']:,} of {rows['in_input']:,}, evenly spread over the input"
+    left_out = [f"{kind} {count:,}" for kind, count in rows["left_out"].items()]
+    said = [
+        ("reference", document["reference_is"]),
+        ("rows", "; without a prompt: ".join([spread, *([", ".join(left_out)] * bool(left_out))])),
+        ("KL", document["method"]["kl"]),
+        ("intervals", document["method"]["intervals"]),
+    ]
+    if document["greedy_instead_of_sampled"]:
+        said.append(("sampling", "compared greedily, though the job draws its answers"))
+    floor = document["noise_floor"]
+    said.append(("noise floor", _said_of_noise(floor, document["reference"])))
+    for width in document["widths"][1:]:
+        said += [(width["name"], "; ".join(width["verdict"]))]
+    said += [(name, f"skipped: {why}") for name, why in document["skipped"].items()]
+    return said
+
+
+def _said_of_noise(floor: Mapping[str, Any], name: str) -> str:
+    found = floor["divergence"]
+    kl = "no token to compare" if found is None else f"{nats(found['kl_mean']['value'])} nats"
+    return (
+        f"{name} against itself in other batches, padded on the other side: {kl} a token,"
+        f" {floor['answers']['identical']['value']:.1%} of answers identical"
+    )
+
+
+def save(document: Mapping[str, Any], folder: Path) -> None:
+    """Write the report as compare.json and index.html."""
+    from quantbatch.compare.page import page
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "compare.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "index.html").write_text(page(document), encoding="utf-8")
