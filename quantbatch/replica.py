@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 import time
 import uuid
@@ -14,6 +15,7 @@ from quantbatch import rows as row_layout
 from quantbatch.engine import echo
 from quantbatch.errors import JobError
 from quantbatch.model.checkpoint import find_checkpoint
+from quantbatch.model.memory import gib
 from quantbatch.prompts.rendering import sample_seed
 from quantbatch.prompts.tokens import load_tokenizer
 from quantbatch.records import (
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from quantbatch.spec import JobSpec
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class ReplicaJob:
     """What all replicas of a job need to know; small, because Ray keeps it for restarts."""
@@ -56,6 +61,7 @@ class LoadedEngine(NamedTuple):
 
     engine: Engine
     planned_bytes: int = 0
+    """What `peak_bytes` was planned to be."""
     peak_bytes: Callable[[], int] = int
     """Returns the most memory that model and work took so far."""
     progress: Callable[[], EngineProgress] = EngineProgress
@@ -166,9 +172,23 @@ class Replica:
         ]
 
     def _measured(self) -> ReplicaStats:
-        return dataclasses.replace(
-            self._stats,
-            busy_s=self._runner.busy_s,
-            peak_bytes=self._peak_bytes(),
-            engine=self._progress(),
+        peak_bytes = self._peak_bytes()
+        if not self._stats.peak_bytes and self._stats.device != "cpu":
+            _compare_with_plan(self._stats.planned_bytes, peak_bytes)
+        self._stats = dataclasses.replace(
+            self._stats, busy_s=self._runner.busy_s, peak_bytes=peak_bytes
         )
+        return dataclasses.replace(self._stats, engine=self._progress())
+
+
+def _compare_with_plan(planned_bytes: int, peak_bytes: int) -> None:
+    """Say after a card's first chunk how far its memory is from the plan."""
+    if not planned_bytes:
+        return
+    logger.log(
+        logging.WARNING if peak_bytes > planned_bytes else logging.INFO,
+        "memory of the card: %s planned, %s taken (%+.1f %%)",
+        gib(planned_bytes),
+        gib(peak_bytes),
+        100 * (peak_bytes / planned_bytes - 1),
+    )

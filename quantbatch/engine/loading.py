@@ -104,7 +104,9 @@ def load(
         made = _Made(static, EngineProgress)
     if options.deduplicate:
         made = _deduplicated(made)
-    return Loaded(made.engine, plan.total, measured.peak_bytes, made.progress, loaded)
+    # What is measured on a card is what torch took: the context is beside it.
+    planned_bytes = plan.total if device_bytes is None else plan.total - plan.overhead_bytes
+    return Loaded(made.engine, planned_bytes, measured.peak_bytes, made.progress, loaded)
 
 
 class _Made(NamedTuple):

@@ -47,10 +47,18 @@ class Backwards:
         return []
 
 
-def answered(monkeypatch: pytest.MonkeyPatch, samples: int) -> tuple[pa.Table, list[Request]]:
+def answered(
+    monkeypatch: pytest.MonkeyPatch,
+    samples: int,
+    *,
+    device: str = "cpu",
+    planned_bytes: int = 0,
+    peak_bytes: int = 0,
+) -> tuple[pa.Table, list[Request]]:
     """Have a chunk of three rows answered, the second of which has an error already."""
     engine = Backwards()
-    monkeypatch.setattr(replica, "load_engine", lambda _: LoadedEngine(engine, 0, lambda: 0))
+    loaded = LoadedEngine(engine, planned_bytes, lambda: peak_bytes)
+    monkeypatch.setattr(replica, "load_engine", lambda _: loaded)
     spec = JobSpec.model_validate(
         {
             "name": "t", "input": {"uri": "in"}, "model": {"id": "m"}, "output": {"uri": "out"},
@@ -61,7 +69,7 @@ def answered(monkeypatch: pytest.MonkeyPatch, samples: int) -> tuple[pa.Table, l
     ids = pa.array(["a", "b", "c"])
     rendered = rows.rendered(pa.table({}), ids, prompts, {1: RowError("null_prompt", "null")})
     block = pack(4, rows.with_facts(rendered, rows.ChunkFacts(0, 3)))
-    found = asyncio.run(Replica(ReplicaJob(spec, "cpu", 99, "."))(block))
+    found = asyncio.run(Replica(ReplicaJob(spec, device, 99, "."))(block))
     chunk, table = unpack(found)
     assert chunk == 4
     return table, engine.seen
@@ -89,3 +97,16 @@ def test_more_samples_leave_the_first_as_it_was(monkeypatch: pytest.MonkeyPatch)
     _, several = answered(monkeypatch, 3)
     firsts = [request for request in several if request.id.sample == 0]
     assert [(r.id, r.seed) for r in firsts] == [(r.id, r.seed) for r in alone]
+
+
+def test_a_card_that_takes_more_than_planned_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        answered(monkeypatch, 1, device="cuda", planned_bytes=4 << 30, peak_bytes=5 << 30)
+        answered(monkeypatch, 1, device="cuda", planned_bytes=4 << 30, peak_bytes=3 << 30)
+        answered(monkeypatch, 1, device="cpu", planned_bytes=4 << 30, peak_bytes=5 << 30)
+    assert [(each.levelname, each.message) for each in caplog.records] == [
+        ("WARNING", "memory of the card: 4.00 GiB planned, 5.00 GiB taken (+25.0 %)"),
+        ("INFO", "memory of the card: 4.00 GiB planned, 3.00 GiB taken (-25.0 %)"),
+    ]
