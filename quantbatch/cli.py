@@ -27,7 +27,7 @@ from quantbatch import __version__, console
 from quantbatch.errors import JobError, Refused, SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from quantbatch.model.cards import Card
     from quantbatch.sample import Sampled
@@ -214,14 +214,31 @@ def plan(
     with _outcome(as_json):
         job = _load(spec, [*(overrides or ()), *_card_fields(card)])
         from quantbatch.documents import describe_plan
-        from quantbatch.preflight import prepare
+        from quantbatch.forecast import look_ahead
+        from quantbatch.preflight import examine
 
-        document = describe_plan(prepare(job, extend=extend))
+        found = examine(job, extend=extend)
+        document = describe_plan(found, look_ahead(found))
+        if not as_json:
+            outcome = "does not fit" if found.misfit else console.OUTCOMES[document["outcome"]]
+            console.say(f"{job.name}: {outcome}", "bold")
+            console.say(console.plan_table(document))
+            _say_widths(document)
+        if found.misfit:
+            console.complain(found.misfit)
+            _leave(document | console.error_document(found.misfit), as_json)
         if as_json:
             console.say_document(document)
-        else:
-            console.say(f"{job.name}: {console.OUTCOMES[document['outcome']]}", "bold")
-            console.say(console.plan_table(document))
+
+
+def _say_widths(document: Mapping[str, Any]) -> None:
+    """Print the table of widths, and what to know."""
+    if document["widths"]:
+        console.say("")
+        console.say(console.widths_head(document))
+        console.say(console.widths_table(document))
+    for sentence in document["advice"]:
+        console.say(f"note: {sentence}")
 
 
 @app.command()
@@ -231,8 +248,10 @@ def validate(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = Fals
         job = _load(spec, overrides)
         import yaml
 
+        from quantbatch.preflight import settled
         from quantbatch.sample import check
 
+        job = settled(job)
         _, head = check(job, 5)
         for row, error in head.errors.items():
             console.note(f"warning: {head.row_ids[row]} will be an error row: {error.message}")
@@ -258,7 +277,9 @@ def sample(
     with _outcome(as_json):
         job = _load(spec, overrides)
         from quantbatch import sample as sampling
+        from quantbatch.preflight import settled
 
+        job = settled(job)
         rows = sampling.sample(job, count)
         if answers:
             device = sampling.best_device(job)

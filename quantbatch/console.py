@@ -219,8 +219,9 @@ def plan_table(document: Mapping[str, Any]) -> Table:
         ("done", _done(done, source["rows"])),
         ("model", document["model"]),
         ("prompt", f"at most {prompt['max_input_tokens']:,} tokens, {prompt['beyond']}"),
+        *_lengths(prompt, source["rows"]),
         ("answer", f"at most {prompt['max_new_tokens']:,} tokens"),
-        *_memory(memory),
+        *_memory(memory, fits_not=bool(document["widths"])),
         ("output", output["uri"]),
         ("columns", ", ".join(f"{c['name']} {c['type']}" for c in output["columns"])),
     ]
@@ -236,9 +237,96 @@ def _done(done: Mapping[str, int], rows: int) -> str:
     return f"{done['rows']:,} of {several(rows, 'row')}, {published} published"
 
 
-def _memory(memory: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def _lengths(prompt: Mapping[str, Any], total: int) -> list[tuple[str, str]]:
+    """Say how long the sampled prompts are, and what that means for all rows."""
+    sample, rows = prompt["sample"], prompt["sample"]["rows"]
+    if not rows:
+        return [("", "no row could be sampled")]
+    longest = f"{sample['max_tokens']:,}" if sample["max_is_counted"] else "more than can be read"
+    read = f"{sample['input_tokens']:,} tokens in all" if rows < total else "all rows"
+    lines = [
+        ("", f"half of {rows:,} sampled rows have up to {sample['p50_tokens']:,} tokens, 95 % up to"
+         f" {sample['p95_tokens']:,}, the longest {longest}; about {read}"),
+        ("too long", _expected(sample["too_long"], sample["too_long_expected"], sample, total)),
+    ]  # fmt: skip
+    if sample["errors"]:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in sample["errors"].items())
+        count = sum(sample["errors"].values())
+        expected = _expected(count, sample["errors_expected"], sample, total)
+        lines.append(("errors", f"{expected} ({kinds})"))
+    return lines
+
+
+def _expected(count: int, expected: int, sample: Mapping[str, Any], total: int) -> str:
+    """Say how many of all rows are like some of the sample; none seen is not none at all."""
+    rows = sample["rows"]
+    if rows >= total:
+        return several(count, "row") if count else "none"
+    if count:
+        return f"about {several(expected, 'row')}: {count:,} of {rows:,} sampled"
+    most = sample["unseen_at_most"]
+    return f"none of {rows:,} sampled, so at most {most:,} of {total:,} with 95 % certainty"
+
+
+def widths_table(document: Mapping[str, Any]) -> Table:
+    """Return what a model takes in every width, as `documents.describe_width` describes it; sizes
+    in GiB.
+    """
+    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
+    table.add_column("kind")
+    heads = ["weights", "bits/param", "vs 32", "vs 16", "workspace", "other", "KV left", "rows"]
+    for head in heads:
+        table.add_column(head, justify="right")
+    table.add_column("fits")
+    for width in document["widths"]:
+        mark = " <- chosen" if width["chosen"] else ""
+        left = "-" if not width["kv_tokens"] else f"{width['kv_tokens']:,}"
+        table.add_row(
+            width["kind"],
+            f"{width['weight_bytes'] / 2**30:.2f}",
+            f"{width['bits_per_param']:.2f}",
+            *(_change(width[f"saved_of_{bits}_bits"]) for bits in (32, 16)),
+            *(f"{width[name] / 2**30:.2f}" for name in ("workspace_bytes", "overhead_bytes")),
+            left,
+            "-" if not width["rows"] else f"{width['rows']:,}",
+            f"{width['verdict'] or '?'}{mark}",
+        )
+    return table
+
+
+def _change(saved: float) -> str:
+    return f"{-saved:+.1%}" if abs(saved) >= 0.0005 else "="
+
+
+def widths_head(document: Mapping[str, Any]) -> str:
+    """Say what the table of widths is of: parameters, what stays in 16 bits, card, row length."""
+    widths, card = document["widths"], document["card"]
+    params = widths[0]["params"]
+    quantized = max(width["quantized_params"] for width in widths)
+    parts = [f"{params / 1e9:,.3f} B parameters"]
+    if quantized:
+        kept = 1 - quantized / params
+        parts[0] += f" ({quantized / 1e9:,.3f} B quantizable, {kept:.1%} stay as they are)"
+    if card:
+        parts.append(f"{card['name'] or 'card'} {size(card['memory_bytes'])}")
+    parts += [_cache(widths[-1]), f"rows of {document['row_tokens']:,} tokens; sizes in GiB"]
+    return "; ".join(parts)
+
+
+def _cache(width: Mapping[str, Any]) -> str:
+    """Say what a token takes of the cache, and what stops growing."""
+    growing, sliding = width["growing_bytes_per_token"], width["sliding_bytes_per_token"]
+    said = f"KV cache {(growing + sliding) / 1024:g} KiB a token"
+    if sliding:
+        said += f", {growing / 1024:g} beyond {width['window_tokens']:,}"
+    if width["fixed_bytes_per_row"]:
+        said += f", and {size(width['fixed_bytes_per_row'])} a row"
+    return said
+
+
+def _memory(memory: Mapping[str, Any] | None, *, fits_not: bool) -> list[tuple[str, str]]:
     if memory is None:
-        return [("memory", "this engine loads no model")]
+        return [("memory", "does not fit" if fits_not else "this engine loads no model")]
     parts = ("weights", "kv", "workspace", "overhead", "reserve")
     sizes = [f"{name} {size(memory[f'{name}_bytes'])}" for name in parts]
     per_token = f"{memory['kv_bytes_per_token'] / 1024:g} KiB a token"

@@ -4,6 +4,7 @@ is by the records on its output.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +14,26 @@ from quantbatch.errors import InputError, Refused
 from quantbatch.ledger import JOB, SUMMARY, Ledger
 from quantbatch.model import formats
 from quantbatch.model.footprint import unpackable
+from quantbatch.model.widths import USEFUL_ROWS
 from quantbatch.records import Completion, Failure
 from quantbatch.spec import FourBit, Int8, JobSpec, Storage
 from quantbatch.storage import open_store, redact
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from quantbatch.forecast import Forecast
+    from quantbatch.lengths import Lengths
     from quantbatch.model.cards import Card
+    from quantbatch.model.widths import Width
     from quantbatch.preflight import Job
     from quantbatch.sample import Sampled
     from quantbatch.spec import Model
     from quantbatch.storage import Store
 
 
-def describe_plan(job: Job) -> dict[str, Any]:
-    """Return what a run of a job would do."""
+def describe_plan(job: Job, forecast: Forecast) -> dict[str, Any]:
+    """Return what a run of a job would do, and what to expect of it."""
     spec, plan, ledger = job.spec, job.plan, job.ledger
     beyond = {
         "error": "a longer one becomes an error row",
@@ -54,11 +61,16 @@ def describe_plan(job: Job) -> dict[str, Any]:
         },
         "model": describe_model(spec.model),
         "memory": _describe_memory(job) if job.memory else None,
+        "card": describe_card(job.card),
         "prompt": {
             "max_input_tokens": job.max_input_tokens,
             "max_new_tokens": spec.sampling.max_new_tokens,
             "beyond": beyond,
+            "sample": describe_lengths(forecast.lengths),
         },
+        "widths": [describe_width(width) for width in _fitting_first(forecast.widths)],
+        "row_tokens": forecast.row_tokens,
+        "advice": forecast.advice,
         "output": {
             "uri": redact(ledger.store.uri),
             "files": len(plan.shards),
@@ -124,6 +136,59 @@ def _describe_memory(job: Job) -> dict[str, Any]:
         "device_bytes": memory.device_bytes,
         "fits": None if memory.device_bytes is None else memory.fits,
     }
+
+
+def describe_card(card: Card | None) -> dict[str, Any] | None:
+    """Return what a card has for programs."""
+    return {"name": card.name, "memory_bytes": card.memory_bytes} if card else None
+
+
+def describe_width(width: Width) -> dict[str, Any]:
+    """Return what a model takes in one width."""
+    return dataclasses.asdict(width) | {
+        "bits_per_param": round(width.bits_per_param, 3),
+        "quantized_share": round(width.quantized_share, 4),
+        "saved_of_32_bits": round(width.saved_of_32_bits, 4),
+        "saved_of_16_bits": round(width.saved_of_16_bits, 4),
+    }
+
+
+def _fitting_first(widths: Sequence[Width]) -> list[Width]:
+    """Sort the widths of a model that does not fit as it was asked for: what would fit first."""
+    if not any(width.chosen and width.verdict == "no" for width in widths):
+        return list(widths)
+    return sorted(widths, key=lambda width: ("fits", "tight", "no").index(width.verdict or "no"))
+
+
+def describe_lengths(lengths: Lengths) -> dict[str, Any]:
+    """Return how long the sampled prompts are, and what follows for all rows."""
+    return {
+        "rows": lengths.rows,
+        "p50_tokens": lengths.quantile(0.5),
+        "p95_tokens": lengths.quantile(0.95),
+        "max_tokens": lengths.quantile(1),
+        "max_is_counted": lengths.quantile(1) <= lengths.counted_to,
+        "input_tokens": round(lengths.mean * lengths.total_rows),
+        "too_long": lengths.too_long,
+        "too_long_expected": lengths.expected(lengths.too_long),
+        "unseen_at_most": lengths.unseen_at_most,
+        "errors": lengths.errors,
+        "errors_expected": lengths.expected(sum(lengths.errors.values())),
+    }
+
+
+def describe_choice(job: Job) -> str | None:
+    """Say what `model.bits: auto` was resolved to just now, and for what."""
+    if job.chosen_for is None or job.card is None:
+        return None
+    rows = job.spec.engine.batch_size
+    rows = USEFUL_ROWS if rows == "auto" else rows
+    tokens = job.chosen_for.lengths.usual_long() + job.spec.sampling.max_new_tokens
+    card = job.card.name or f"a card of {job.card.memory_gib:g} GiB"
+    return (
+        f"model.bits auto is {describe_model(job.spec.model)}: the widest of 16, 8 and 4 bits with"
+        f" room on {card} for {rows} rows of {tokens:,} tokens, or for the most"
+    )
 
 
 def _chunks_done(ledger: Ledger) -> int:

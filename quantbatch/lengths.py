@@ -57,6 +57,11 @@ class Lengths:
     """Rows of the whole input."""
 
     @property
+    def counted_to(self) -> int:
+        """Tokens to which prompts are counted; a longer one stands as one more."""
+        return max(COUNTED_TOKENS, self.limit)
+
+    @property
     def rows(self) -> int:
         """Sampled rows."""
         return len(self.tokens) + sum(self.errors.values())

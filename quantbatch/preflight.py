@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from quantbatch import rows, sizing, storage
 from quantbatch.errors import InputError, JobError, Refused, SpecError
 from quantbatch.input import keys, listing
 from quantbatch.ledger import Ledger
+from quantbatch.lengths import sample_lengths
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.plan import Plan, make_plan
 from quantbatch.prompts import rendering
@@ -23,8 +24,10 @@ from quantbatch.stages import ReadJob
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from quantbatch.errors import DoesNotFit
     from quantbatch.input.listing import InputFile, Listing
     from quantbatch.ledger import OutputFormat
+    from quantbatch.lengths import Lengths
     from quantbatch.model.cards import Card
     from quantbatch.model.checkpoint import Checkpoint
     from quantbatch.model.memory import MemoryPlan
@@ -46,9 +49,13 @@ class Job:
     new_generation: Plan | None
     """What the output's frozen plan lacks; None if the output has the whole plan."""
     memory: MemoryPlan | None
-    """None for an engine without a model."""
+    """None for an engine without a model, or if the model does not fit."""
+    misfit: DoesNotFit | None
+    """Why the model does not fit the card; `prepare` raises it."""
     card: Card | None
     """The card that `memory` is planned for; None if it is not known, or there is none."""
+    chosen_for: FirstLook | None
+    """What `model.bits: auto` was chosen for; None if there was nothing to choose."""
     max_input_tokens: int
     kept: tuple[str, ...]
     target: OutputFormat
@@ -87,19 +94,35 @@ def prepare(spec: JobSpec, *, extend: bool = False) -> Job:
     Raises:
         JobError: The job can't run, with the reason and the remedy.
     """
+    job = examine(spec, extend=extend)
+    if job.misfit:
+        raise job.misfit
+    return job
+
+
+def examine(spec: JobSpec, *, extend: bool = False) -> Job:
+    """Do as `prepare`, but return also a job whose model does not fit: to show what would.
+
+    Raises:
+        JobError: The job can't run for another reason.
+    """
     check_places(spec)
-    # Before its short forms are written out: bits 16 is then no longer told from bits not given.
+    spec = sizing.as_begun(spec)
     card = sizing.card_of(spec)
     checkpoint = open_checkpoint(spec.model, card.capability if card else None)
-    spec = spec.resolved()
     _check_tokens(spec, checkpoint)
     rendering.compile_templates(spec.prompt)
     rendering.require_chat_template(spec.prompt, checkpoint.chat_template)
     max_input_tokens = input_limit(spec, checkpoint)
-    fits = sizing.fit(spec, checkpoint, max_input_tokens, card)
+    first = None
+    if spec.model.bits == "auto":
+        spec, first = _with_bits(spec, checkpoint, card, max_input_tokens)
+    # Not before: bits 16 is then no longer told from bits not given.
+    spec = spec.resolved()
+    fitting = sizing.fit(spec, checkpoint, max_input_tokens, card)
     ledger = Ledger.open(spec, checkpoint.digest)
-    listed = _listing(spec, ledger)
-    plan, new = _whole_plan(spec, ledger, listed, extend=extend)
+    listed = first.listed if first else _listing(spec, ledger)
+    plan, new = _whole_plan(spec, ledger, listed, extend=extend, fresh=first and first.plan)
     _check_columns(spec, plan, checkpoint)
     kept = tuple(rows.kept_columns(spec.output, plan.schema, plan.partition_keys))
     target = ledger.output_format(rows.output_schema(spec, kept, plan.schema))
@@ -113,8 +136,10 @@ def prepare(spec: JobSpec, *, extend: bool = False) -> Job:
         ledger=ledger,
         plan=plan,
         new_generation=new,
-        memory=fits,
+        memory=fitting.plan,
+        misfit=fitting.misfit,
         card=card,
+        chosen_for=first,
         max_input_tokens=max_input_tokens,
         kept=kept,
         target=target,
@@ -122,6 +147,47 @@ def prepare(spec: JobSpec, *, extend: bool = False) -> Job:
         missing=bool(unreadable),
         unreadable=unreadable,
     )
+
+
+class FirstLook(NamedTuple):
+    """What was looked at to choose `model.bits`."""
+
+    listed: Listing
+    plan: Plan
+    lengths: Lengths
+
+
+def settled(spec: JobSpec) -> JobSpec:
+    """Return a job's spec with `model.bits: auto` chosen.
+
+    Raises:
+        JobError: It can't be chosen, or the job can't run.
+    """
+    spec = sizing.as_begun(spec)
+    if spec.model.bits != "auto":
+        return spec
+    card = sizing.card_of(spec)
+    checkpoint = open_checkpoint(spec.model, card.capability if card else None)
+    spec, _ = _with_bits(spec, checkpoint, card, input_limit(spec, checkpoint))
+    return spec
+
+
+def _with_bits(
+    spec: JobSpec, checkpoint: Checkpoint, card: Card | None, max_input_tokens: int
+) -> tuple[JobSpec, FirstLook | None]:
+    """Choose `model.bits: auto`, and return what was looked at for it."""
+    if not sizing.needs_lengths(spec, checkpoint):
+        return sizing.with_bits(spec, checkpoint, card, max_input_tokens), None
+    card = sizing.known_card(card)
+    listed = listing.list_input(spec.input)
+    plan = make_plan(spec, listed)
+    if not plan.rows:
+        raise _no_rows(plan)
+    _check_columns(spec, plan, checkpoint)
+    lengths = sample_lengths(spec, checkpoint, plan, max_input_tokens=max_input_tokens)
+    usual = lengths.usual_long()
+    spec = sizing.with_bits(spec, checkpoint, card, max_input_tokens, prompt_tokens=usual)
+    return spec, FirstLook(listed, plan, lengths)
 
 
 def _check_tokens(spec: JobSpec, checkpoint: Checkpoint) -> None:
@@ -208,11 +274,19 @@ def input_limit(spec: JobSpec, checkpoint: Checkpoint) -> int:
 
 
 def _whole_plan(
-    spec: JobSpec, ledger: Ledger, listed: Listing, *, extend: bool
+    spec: JobSpec, ledger: Ledger, listed: Listing, *, extend: bool, fresh: Plan | None
 ) -> tuple[Plan, Plan | None]:
-    """Return the plan of the whole job, and the part of it that is not frozen yet."""
+    """Return the plan of the whole job, and the part of it that is not frozen yet.
+
+    Args:
+        spec: The job.
+        ledger: Its ledger.
+        listed: The files of its input.
+        extend: Add new files.
+        fresh: The plan of those files, if it is made already.
+    """
     if ledger.plan is None:
-        plan = make_plan(spec, listed)
+        plan = fresh or make_plan(spec, listed)
         if not plan.rows:
             raise _no_rows(plan)
         return plan, plan

@@ -20,6 +20,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from quantbatch.console import plain
+from quantbatch.documents import describe_choice, describe_model
 from quantbatch.storage import redact
 
 if TYPE_CHECKING:
@@ -183,6 +185,8 @@ class Live:
     def planned(self, job: Job) -> None:
         """See `Progress`."""
         self._course.planned(job)
+        if said := describe_choice(job):
+            self._display.console.print(Text(plain(said)))
         # Now, because starting Ray keeps all other threads waiting for seconds.
         self._display.refresh()
 
@@ -260,7 +264,9 @@ class JsonLines:
     def planned(self, job: Job) -> None:
         """See `Progress`."""
         self._course.planned(job)
-        self._write("planned", name=job.spec.name, output=redact(job.ledger.store.uri))
+        output = redact(job.ledger.store.uri)
+        model = describe_model(job.spec.model)
+        self._write("planned", name=job.spec.name, output=output, model=model)
 
     def started(self, device: str) -> None:
         """See `Progress`."""

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from quantbatch import storage
+from quantbatch.errors import DoesNotFit, JobError, SpecError
+from quantbatch.ledger import JOB
 from quantbatch.model import cards, memory, thiscard
+from quantbatch.model.widths import useful_bits
+from quantbatch.spec import Model
 
 if TYPE_CHECKING:
     from quantbatch.model.cards import Card
     from quantbatch.model.checkpoint import Checkpoint
     from quantbatch.model.memory import MemoryPlan
     from quantbatch.spec import Cluster, JobSpec
+
+logger = logging.getLogger(__name__)
 
 
 def card_of(spec: JobSpec) -> Card | None:
@@ -41,16 +50,108 @@ def work_of(spec: JobSpec, checkpoint: Checkpoint, max_input_tokens: int) -> mem
     return memory.Work.of(spec, checkpoint, max_input_tokens=max_input_tokens, device=device)
 
 
-def fit(
-    spec: JobSpec, checkpoint: Checkpoint, max_input_tokens: int, card: Card | None
-) -> MemoryPlan | None:
-    """Plan a replica's memory; None for an engine without a model.
+class Fitting(NamedTuple):
+    """Whether a model fits."""
 
-    Raises:
-        DoesNotFit: It needs more than the card has.
-    """
+    plan: MemoryPlan | None
+    """None for an engine without a model, or if it does not fit."""
+    misfit: DoesNotFit | None
+    """Why it does not fit, and what would help."""
+
+
+def fit(spec: JobSpec, checkpoint: Checkpoint, max_input_tokens: int, card: Card | None) -> Fitting:
+    """Plan a replica's memory on a card; without one, there is no limit."""
     if spec.engine.kind == "echo":
-        return None
+        return Fitting(None, None)
     device_bytes = share_bytes(spec.cluster, card) if card else None
     work = work_of(spec, checkpoint, max_input_tokens)
-    return memory.plan_memory(checkpoint, spec.model, work, device_bytes)
+    try:
+        return Fitting(memory.plan_memory(checkpoint, spec.model, work, device_bytes), None)
+    except DoesNotFit as error:
+        return Fitting(None, error)
+
+
+# ---- model.bits: auto
+
+
+def as_begun(spec: JobSpec) -> JobSpec:
+    """Return a spec with `model.bits: auto` as the job on its output was begun, if one was.
+
+    What was chosen then holds for good, also on another card: an output is of one model.
+    """
+    if spec.model.bits != "auto":
+        return spec
+    store = storage.open_store(spec.output.uri, spec.output.storage)
+    try:
+        record = json.loads(store.read(JOB))
+        begun = Model.model_validate(record["spec"]["model"])
+    except FileNotFoundError:
+        return spec
+    except (KeyError, TypeError, ValueError):
+        # Records of another version: whoever opens the ledger refuses them and says so.
+        return _with(spec, bits=16)
+    return _with(spec, bits=None, quantization=begun.quantization)
+
+
+def needs_lengths(spec: JobSpec, checkpoint: Checkpoint) -> bool:
+    """Tell whether choosing the bits takes a card and the lengths of prompts."""
+    on_card = spec.cluster.gpus_per_replica > 0 and spec.engine.kind != "echo"
+    return on_card and checkpoint.quantized is None
+
+
+def known_card(card: Card | None) -> Card:
+    """Return the card.
+
+    Raises:
+        SpecError: It is not known.
+    """
+    if card is None:
+        raise SpecError(
+            JobError(
+                "model.bits: auto goes by the card, and which one replicas get is not known",
+                "name it: cluster.card, such as RTX 4090, or cluster.gpu_memory_gib",
+            )
+        )
+    return card
+
+
+def with_bits(
+    spec: JobSpec,
+    checkpoint: Checkpoint,
+    card: Card | None,
+    max_input_tokens: int,
+    *,
+    prompt_tokens: int = 0,
+) -> JobSpec:
+    """Choose `model.bits: auto`: the widest of 16, 8 and 4 that fits with a useful batch.
+
+    A checkpoint that is quantized already stays as it is. On CPUs, and without a model, it is 16:
+    there is no card that fewer bits would spare, and they are slower.
+
+    Args:
+        spec: The job.
+        checkpoint: The model's files.
+        card: What a replica gets.
+        max_input_tokens: Longest prompt that is let in.
+        prompt_tokens: A usual long prompt.
+    """
+    if checkpoint.quantized is not None:
+        return _with(spec, bits=None)
+    if card is None:
+        return _with(spec, bits=16)
+    row_tokens = prompt_tokens + spec.sampling.max_new_tokens
+    bits = useful_bits(
+        checkpoint,
+        spec.model,
+        work_of(spec, checkpoint, max_input_tokens),
+        share_bytes(spec.cluster, card),
+        row_tokens=row_tokens,
+    )
+    # If none fits, the fewest bits are those to refuse.
+    logger.info("model.bits auto: %s on %s", bits or 4, card.name or f"{card.memory_gib:g} GiB")
+    return _with(spec, bits=bits or 4)
+
+
+def _with(spec: JobSpec, **changes: Any) -> JobSpec:  # noqa: ANN401 - fields of any type
+    model = spec.model.model_copy(update=changes)
+    return spec.model_copy(update={"model": model})

@@ -314,6 +314,8 @@ def _refuse_codes_without_scales(checkpoint: Checkpoint) -> None:
 
 def _refuse_other_quantization(checkpoint: Checkpoint, model: Model) -> None:
     """Refuse to quantize what is quantized already, unless the spec asks for just what is there."""
+    if model.bits == "auto":
+        return
     asked = model.resolved().quantization
     assert asked is not None
     if isinstance(asked, Unquantized) and (model.bits is None or checkpoint.expanded):

@@ -139,7 +139,7 @@ def useful_bits(
 def kind_of(checkpoint: Checkpoint, model: Model) -> str:
     """Name the width in which a model is loaded."""
     if checkpoint.quantized is not None:
-        return checkpoint.quantized
+        return f"{checkpoint.quantized}{' expanded' if checkpoint.expanded else ''}"
     match model.resolved().quantization:
         case FourBit(kind=kind, double_quant=double_quant):
             return f"{kind}+dq" if double_quant else kind
@@ -199,7 +199,8 @@ def _width(load: Load, row_tokens: int, *, chosen: bool) -> Width:
     best = load.best()
     plan = best or load.plan(load.work.batch_size or 1)
     quantization = load.model.resolved().quantization
-    is_whole = load.checkpoint.quantized is None and isinstance(quantization, Unquantized)
+    has_codes = load.checkpoint.quantized is not None and not load.checkpoint.expanded
+    is_whole = not has_codes and isinstance(quantization, Unquantized)
     rows = _rows_at_once(plan, min(row_tokens, load.work.max_tokens)) if best else 0
     on_card = load.device_bytes is not None
     return Width(

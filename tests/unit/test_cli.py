@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import quantbatch
 from quantbatch.cli import app
 from quantbatch.console import one_line, plain, size
+from quantbatch.documents import describe_choice
 from quantbatch.errors import InputError, JobError, Refused, Stopped
 from quantbatch.input.listing import list_input
 from quantbatch.input.sources import read_slice
@@ -28,6 +29,7 @@ from quantbatch.preflight import Job, prepare
 from quantbatch.records import Completion, Counts, FinishReason, ReplicaStats, RequestId
 from quantbatch.report import Outcome, RunFigures, RunReport
 from quantbatch.rows import ChunkFacts, answered, rendered, row_ids, with_facts
+from quantbatch.spec import FourBit
 from quantbatch.specfile import load_spec
 
 if TYPE_CHECKING:
@@ -181,6 +183,138 @@ def test_plan_gives_a_verdict_on_memory(folder: Path) -> None:
     assert document(result)["outcome"] == "does_not_fit"
     assert result.exit_code == 3
     assert "does not fit" in result.stderr
+
+
+def test_plan_samples_the_prompts(folder: Path) -> None:
+    texts = ["word " * (1 + row % 50) for row in range(2000)]
+    pq.write_table(pa.table({"text": texts}), folder / "in" / "b.parquet", row_group_size=100)
+    sample = document(call("plan", "job.yaml", "--json"))["prompt"]["sample"]
+    assert 200 <= sample["rows"] <= 256
+    assert 0 < sample["p50_tokens"] < sample["p95_tokens"] <= sample["max_tokens"] < 504
+    assert sample["max_is_counted"]
+    assert sample["unseen_at_most"] == pytest.approx(2012 * 3 / sample["rows"], abs=1)
+    lines = call("plan", "job.yaml").stdout
+    assert f"none of {sample['rows']} sampled, so at most {sample['unseen_at_most']} of" in lines
+    limit = ("--set", "engine.max_input_tokens=20")
+    sample = document(call("plan", "job.yaml", "--json", *limit))["prompt"]["sample"]
+    assert sample["too_long"] > 0
+    assert f"about {sample['too_long_expected']:,} rows:" in call("plan", "job.yaml", *limit).stdout
+    assert call("plan", "job.yaml").stdout.count("too long") == 1
+
+
+def test_plan_tells_of_rows_that_will_be_errors(folder: Path) -> None:
+    lines = {line.split("  ")[0]: line for line in call("plan", "job.yaml").stdout.splitlines()}
+    assert "12 sampled rows" in call("plan", "job.yaml").stdout
+    assert lines["errors"].split() == ["errors", "1", "row", "(null_prompt", "1)"] or (
+        "1 row (" in lines["errors"]
+    )
+
+
+def test_plan_shows_every_width_and_what_to_know(folder: Path) -> None:
+    card = ("--set", "engine.kind=static", "--card", "L4")
+    found = document(call("plan", "job.yaml", "--json", *card))
+    assert [width["kind"] for width in found["widths"]] == ["bf16", "int8", "nf4", "nf4+dq"]
+    (chosen,) = [width for width in found["widths"] if width["chosen"]]
+    assert chosen["weight_bytes"] == found["memory"]["weights_bytes"]
+    assert chosen["rows"] == found["memory"]["batch_size"]
+    shown = call("plan", "job.yaml", *card).stdout
+    assert "fits <- chosen" in shown
+    assert "L4 22.03 GiB; KV cache 1 KiB a token" in shown
+    assert all(f"note: {sentence}" in shown for sentence in found["advice"])
+    assert any("4 bits save memory, not time" in sentence for sentence in found["advice"])
+    assert document(call("plan", "job.yaml", "--json"))["widths"] == []  # no model at all
+
+
+def test_a_plan_that_does_not_fit_shows_what_would(folder: Path) -> None:
+    wide = ("--set", "model.bits=16")
+    result = call("plan", "job.yaml", *sets(FOUR_BITS_FIT), *wide)
+    assert result.exit_code == 3
+    lines = result.stdout.splitlines()
+    assert lines[0] == "test: does not fit"
+    table = lines[lines.index(next(line for line in lines if line.startswith("kind"))) + 1 :]
+    assert [line.split()[0] for line in table[:4]] == ["nf4", "nf4+dq", "bf16", "int8"]
+    assert [line.split()[9] for line in table[:4]] == ["fits", "fits", "no", "no"]
+    assert "no <- chosen" in result.stdout
+    assert "does not fit: it needs" in result.stderr
+    found = document(call("plan", "job.yaml", "--json", *sets(FOUR_BITS_FIT), *wide))
+    assert found["outcome"] == "does_not_fit"
+    assert found["widths"][0]["kind"] == "nf4"
+    assert found["hint"].startswith("model.bits 4 fits")
+
+
+# ---- model.bits: auto
+
+
+FOUR_BITS_FIT = (
+    "engine.kind=static",
+    "engine.batch_size=1",
+    "engine.max_input_tokens=40",
+    "cluster.gpu_memory_gib=0.5023",
+)
+"""A card with room for one row at 4 bits, and not at 8: 512 MiB of it are the CUDA context."""
+
+
+def sets(fields: Sequence[str]) -> list[str]:
+    return [part for field in fields for part in ("--set", field)]
+
+
+AUTO = ("--set", "model.bits=auto", "--set", "engine.kind=static")
+
+
+def test_bits_are_chosen_for_the_card(folder: Path) -> None:
+    found = document(call("plan", "job.yaml", "--json", *AUTO, "--card", "L4"))
+    assert [width["kind"] for width in found["widths"] if width["chosen"]] == ["bf16"]
+    found = document(call("plan", "job.yaml", "--json", *AUTO, *sets(FOUR_BITS_FIT)))
+    assert [width["kind"] for width in found["widths"] if width["chosen"]] == ["nf4+dq"]
+    result = call("plan", "job.yaml", *AUTO, "--set", "cluster.gpu_memory_gib=0.1")
+    assert result.exit_code == 3
+    assert "at 4 bits (nf4 with double quantization) does not fit" in result.stderr
+
+
+def test_bits_can_not_be_chosen_for_a_card_that_is_not_known(folder: Path) -> None:
+    for command in ("plan", "validate", "sample"):
+        result = call(command, "job.yaml", *AUTO)
+        assert result.exit_code == 2
+        assert "model.bits: auto goes by the card" in result.stderr
+        assert "cluster.card, such as RTX 4090" in result.stderr
+    on_cpus = ("--set", "cluster.gpus_per_replica=0")
+    assert "in its own type" in call("plan", "job.yaml", *AUTO, *on_cpus).stdout
+    assert "in its own type" in call("plan", "job.yaml", "--set", "model.bits=auto").stdout
+
+
+def test_the_bits_that_a_job_was_begun_with_hold(folder: Path) -> None:
+    tight = ("model.bits=auto", *FOUR_BITS_FIT)
+    job = prepare(load_spec("job.yaml", tight))
+    assert job.chosen_for is not None
+    assert job.new_generation is not None
+    assert job.ledger.freeze(job.new_generation)
+    assert isinstance(job.spec.model.quantization, FourBit)
+    said = describe_choice(job)
+    assert said is not None
+    assert "model.bits auto is" in said
+    assert "4 bits (nf4, double quantization)" in said
+    # Another card, and no card that is known: what was begun goes on.
+    limit = ("--set", "engine.max_input_tokens=40")
+    for more in ((*limit, "--card", "H100"), limit):
+        found = document(call("plan", "job.yaml", "--json", *AUTO, *more))
+        assert "4 bits (nf4" in found["model"]
+    assert "kind: nf4" in call("validate", "job.yaml", *AUTO, *limit).stdout
+    assert describe_choice(prepare(load_spec("job.yaml", tight))) is None
+    assert "4 bits (nf4" in call("status", "job.yaml", *AUTO).stdout
+    assert call("verify", "job.yaml", *AUTO).exit_code == 75
+    # A person who says otherwise is refused.
+    refused = call("plan", "job.yaml", *AUTO, *limit, "--set", "model.bits=16")
+    assert refused.exit_code == 3
+    assert "belongs to another job: model.quantization" in refused.stderr
+
+
+def test_records_of_another_version_are_refused_for_what_they_are(folder: Path) -> None:
+    record = folder / "out" / "_quantbatch" / "job.json"
+    record.parent.mkdir(parents=True)
+    record.write_text('{"format": 1, "spec": {"model": 7}}')
+    result = call("plan", "job.yaml", *AUTO, "--card", "L4")
+    assert result.exit_code == 3
+    assert "written in format 1" in result.stderr
 
 
 def test_plan_for_a_card_by_its_name(folder: Path) -> None:
@@ -556,7 +690,7 @@ def test_plan_imports_nothing_heavy(folder: Path) -> None:
         "try:\n"
         "    main(['plan', 'job.yaml', '--set', 'engine.kind=static'])\n"
         "except SystemExit as leaving:\n"
-        "    heavy = {'torch', 'transformers', 'ray', 'bitsandbytes', 's3fs', 'pandas'}\n"
+        "    heavy = {'torch', 'ray', 'bitsandbytes', 'accelerate', 's3fs', 'pandas'}\n"
         "    print(leaving.code, sorted(heavy & set(sys.modules)))\n"
     )
     result = run_python("-c", script)

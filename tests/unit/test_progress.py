@@ -13,6 +13,7 @@ from rich.console import Console
 from quantbatch.progress import JsonLines, Live, Silent
 from quantbatch.records import Counts, Receipt, ReplicaStats
 from quantbatch.report import RunFigures
+from quantbatch.spec import Model
 
 if TYPE_CHECKING:
     from quantbatch.preflight import Job
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
 def make_job(*, done: int = 0, replicas: object = 2) -> Job:
     """Return what progress looks at of a job of 100 rows."""
     job = SimpleNamespace(
-        spec=SimpleNamespace(name="test", cluster=SimpleNamespace(replicas=replicas)),
+        spec=SimpleNamespace(
+            name="test",
+            cluster=SimpleNamespace(replicas=replicas),
+            model=Model(id="org/model", bits=4),
+        ),
+        chosen_for=None,
         plan=SimpleNamespace(rows=100, shards=[None] * 4),
         ledger=SimpleNamespace(
             counts=Counts(ok=done), published={}, store=SimpleNamespace(uri="s3://me@bucket/out")
