@@ -220,7 +220,9 @@ def _listing(spec: JobSpec, ledger: Ledger) -> Listing:
 
 
 def check_places(spec: JobSpec) -> None:
-    """Refuse an output among the input, or an input among the output."""
+    """Refuse an output among the input, an input among the output, and a cache nowhere."""
+    if spec.model.cache:
+        storage.open_store(spec.model.cache, spec.model.cache_storage)
     uris = [spec.input.uri] if isinstance(spec.input.uri, str) else spec.input.uri
     output = storage.open_store(spec.output.uri, spec.output.storage).uri
     for uri in uris:

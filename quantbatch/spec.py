@@ -164,11 +164,16 @@ class Model(Section):
         """Return the model as another process finds it.
 
         Args:
-            folder: Where `id` is relative to, if it is a path that does not exist from here.
+            folder: Where `id`, if it is a path that does not exist from here, and a local `cache`
+                are relative to.
         """
+        changes = {}
         there = Path(folder, self.id)
-        here = Path(self.id).expanduser().exists()
-        return self if here or not there.exists() else self.model_copy(update={"id": str(there)})
+        if not Path(self.id).expanduser().exists() and there.exists():
+            changes["id"] = str(there)
+        if self.cache and "://" not in self.cache and not self.cache.startswith("~"):
+            changes["cache"] = str(Path(folder, self.cache))
+        return self.model_copy(update=changes)
 
     def resolved(self) -> Model:
         """Return the long form: `quantization` set, `bits` null."""

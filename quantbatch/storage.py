@@ -23,6 +23,7 @@ import errno
 import io
 import os
 import re
+import shutil
 import tempfile
 import uuid
 from dataclasses import dataclass
@@ -87,6 +88,10 @@ class Store(Protocol):
 
     def put_file(self, key: str, path: Path) -> None:
         """Write a whole object from a local file, which may be gone afterwards."""
+        ...
+
+    def take_file(self, key: str, path: Path) -> None:
+        """Write a whole object from a file in a `scratch_folder`, which is gone afterwards."""
         ...
 
     def claim(self, key: str, data: bytes) -> bytes:
@@ -205,6 +210,19 @@ class LocalStore:
         ):
             scratch.replace(self._path(key))
             _sync_folder(self._path(key).parent)
+
+    def take_file(self, key: str, path: Path) -> None:
+        """See `Store`; the file becomes the object, without a copy."""
+        target = self._path(key)
+        with _explained(self.uri, writing=True):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Libraries make files that only their owner reads (safetensors 0.8); the object is for
+            # whoever may look into the folder.
+            path.chmod(target.parent.stat().st_mode & 0o666)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            path.replace(target)
+            _sync_folder(target.parent)
 
     def claim(self, key: str, data: bytes) -> bytes:
         """See `Store`; a hard link fails if its name exists, on NFS too."""
@@ -338,7 +356,13 @@ class S3Store:
     def put_file(self, key: str, path: Path) -> None:
         """See `Store`."""
         with _explained(self.uri):
+            # In parts of 50 MB, put together at the end: nothing of a broken upload is seen.
             self._fs.put_file(str(path), self._path(key))
+
+    def take_file(self, key: str, path: Path) -> None:
+        """See `Store`."""
+        self.put_file(key, path)
+        path.unlink()
 
     def claim(self, key: str, data: bytes) -> bytes:
         """See `Store`."""
@@ -451,3 +475,29 @@ def scratch_file() -> Iterator[Path]:
     """Give the path of a local file to build an object in; it is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="quantbatch-") as folder:
         yield Path(folder, "object")
+
+
+def local_folder(store: Store, key: str) -> Path | None:
+    """Return where the objects under a key lie as files; None if they don't, as on S3."""
+    return store._path(key) if isinstance(store, LocalStore) else None
+
+
+@contextlib.contextmanager
+def scratch_folder(store: Store, key: str) -> Iterator[Path]:
+    """Give a folder to build objects in that `Store.take_file` takes; it is removed afterwards.
+
+    Args:
+        store: Where the objects go.
+        key: Nobody else's. On a local disk the folder is there, so that no file is copied.
+    """
+    there = local_folder(store, key)
+    if there is None:
+        with tempfile.TemporaryDirectory(prefix="quantbatch-") as folder:
+            yield Path(folder)
+        return
+    with _explained(store.uri, writing=True):
+        there.mkdir(parents=True)
+    try:
+        yield there
+    finally:
+        shutil.rmtree(there, ignore_errors=True)

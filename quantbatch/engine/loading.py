@@ -83,8 +83,9 @@ def load(
     if device == "cpu":
         # torch would take every core of the machine for each replica on it.
         torch.set_num_threads(max(1, int(spec.cluster.cpus_per_replica)))
-    checkpoint = open_checkpoint(spec.model.seen_from(folder), dtypes.capability(device))
-    model = dtypes.resolve(checkpoint, spec.model, device)
+    model = spec.model.seen_from(folder)
+    checkpoint = open_checkpoint(model, dtypes.capability(device))
+    model = dtypes.resolve(checkpoint, model, device)
     longest_prompt = max_tokens - spec.sampling.max_new_tokens
     kind = torch.device(device).type
     work = Work.of(spec, checkpoint, max_input_tokens=longest_prompt, device=kind)

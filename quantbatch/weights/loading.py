@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from quantbatch.model.footprint import weigh
+from quantbatch.model.headers import shard_names
 from quantbatch.model.memory import gib
 from quantbatch.spec import FourBit, Int8
-from quantbatch.weights import bnb, packed, placement, pretrained
+from quantbatch.weights import bnb, packed, placement, pretrained, turns
+from quantbatch.weights.cache import Found, WeightCache
 from quantbatch.weights.dtypes import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
@@ -54,23 +59,57 @@ def load(
     assert model.dtype != "auto"
     config = pretrained.load_config(checkpoint)
     packed.prepare(checkpoint, config)
-    arguments = {}
-    if checkpoint.quantized is None and isinstance(model.quantization, Int8 | FourBit):
-        arguments["quantization_config"] = bnb.quantization_config(model.quantization, config)
-    loaded = pretrained.load_pretrained(
+    read = functools.partial(
+        pretrained.load_pretrained,
         checkpoint,
-        config,
         dtype=model.dtype,
         device=device,
         device_map=placement.place(config, card_layers) if card_layers else None,
-        **arguments,
     )
+    if checkpoint.quantized is None and isinstance(model.quantization, Int8 | FourBit):
+        loaded = _quantized(checkpoint, config, model, device, read)
+    else:
+        WeightCache.of(checkpoint, model, device)  # says that it has no use for one
+        with turns.turn(checkpoint.digest, lambda: weight_files(checkpoint)):
+            loaded = read(config)
     if checkpoint.expanded:
         packed.settle_dtype(loaded, getattr(torch, model.dtype))
     compute_dtype = bnb.settle_four_bit_layers(loaded, model, device)
     weight_bytes = bnb.parameter_bytes(loaded) + packed.buffer_bytes(loaded)
     _compare_with_plan(weight_bytes, checkpoint, model)
     return LoadedModel(loaded, device, compute_dtype, weight_bytes)
+
+
+def _quantized(
+    checkpoint: Checkpoint,
+    config: Any,  # noqa: ANN401
+    model: Model,
+    device: str,
+    read: Callable[..., PreTrainedModel],
+) -> PreTrainedModel:
+    """Load quantized weights from the cache, or quantize as they are loaded and fill the cache."""
+    assert isinstance(model.quantization, Int8 | FourBit)
+    options = bnb.quantization_config(model.quantization, config)
+    cache = WeightCache.of(checkpoint, model, device)
+    stored_config = copy.deepcopy(config)
+    stored_config.quantization_config = options.to_dict()
+
+    def files() -> list[Path]:
+        return (cache.files() if cache else []) or weight_files(checkpoint)
+
+    found = Found(None)
+    with turns.turn(checkpoint.digest, files):
+        if cache:
+            found = cache.load(lambda folder: read(stored_config, folder=folder))
+        loaded = found.model or read(config, quantization_config=options)
+    if cache and found.version:
+        cache.keep(loaded, found.version)
+    return loaded
+
+
+def weight_files(checkpoint: Checkpoint) -> list[Path]:
+    """Return the files of a checkpoint's weights, which may not have been fetched yet."""
+    return [checkpoint.folder / name for name in shard_names(checkpoint.folder)]
 
 
 def _compare_with_plan(weight_bytes: int, checkpoint: Checkpoint, model: Model) -> None:

@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 
 from quantbatch.errors import DoesNotFit, ModelError
 from quantbatch.model.headers import few
+from quantbatch.weights.heap import lean_heap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from quantbatch.model.checkpoint import Checkpoint
 
@@ -35,7 +37,7 @@ def load_config(checkpoint: Checkpoint) -> Any:  # noqa: ANN401
     Raises:
         ModelError: transformers can't read it.
     """
-    with _explained(checkpoint, "cpu"), _quiet():
+    with _explained(checkpoint, "cpu"), quiet():
         return hf.AutoConfig.from_pretrained(**_source(checkpoint), trust_remote_code=False)
 
 
@@ -46,6 +48,7 @@ def load_pretrained(
     dtype: str,
     device: str,
     device_map: Mapping[str, str | int] | None = None,
+    folder: Path | None = None,
     **arguments: Any,  # noqa: ANN401
 ) -> PreTrainedModel:
     """Load a model, all of it and nothing else.
@@ -56,6 +59,7 @@ def load_pretrained(
         dtype: Type of the weights that are not quantized.
         device: Where to.
         device_map: Or where each module goes to; see `placement`.
+        folder: Holds the weights instead of the checkpoint's own folder.
         arguments: More for `from_pretrained`. Leave out `quantization_config` rather than pass
             None, which makes transformers load a quantized checkpoint as random or raw numbers,
             without an error (5.23, measured).
@@ -65,9 +69,10 @@ def load_pretrained(
         DoesNotFit: The weights alone are more than the device has room for.
     """
     assert arguments.get("quantization_config", arguments) is not None
-    with _explained(checkpoint, device), _quiet():
+    source = _source(checkpoint) if folder is None else _folder(folder)
+    with _explained(checkpoint, device), quiet(), lean_heap():
         loaded, report = hf.AutoModelForCausalLM.from_pretrained(
-            **_source(checkpoint),
+            **source,
             **arguments,
             config=config,
             dtype=getattr(torch, dtype),
@@ -103,9 +108,12 @@ def _explained(checkpoint: Checkpoint, device: str) -> Iterator[None]:
 
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:
     if not checkpoint.commit:
-        folder = str(checkpoint.folder)
-        return {"pretrained_model_name_or_path": folder, "local_files_only": True}
+        return _folder(checkpoint.folder)
     return {"pretrained_model_name_or_path": checkpoint.id, "revision": checkpoint.commit}
+
+
+def _folder(folder: Path) -> dict[str, Any]:
+    return {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
 
 
 def _attention(config: Any) -> str:  # noqa: ANN401
@@ -157,7 +165,7 @@ def _neutralize_generation_config(loaded: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' progress bar, its table of a load's troubles, which we tell ourselves, and
     its advice on sharding out of the logs.
     """

@@ -179,3 +179,9 @@ def test_a_name_that_is_not_text_is_one_clear_error(folder: Path) -> None:
 def test_odd_places(folder: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(JobError, match=said):
         prepare(make_spec(folder, **changes))
+
+
+def test_a_cache_nowhere_is_refused_at_once(folder: Path) -> None:
+    model = {"id": str(MODEL), "bits": 4, "cache": "gopher://x/y"}
+    with pytest.raises(StorageError, match="no store is known for gopher"):
+        prepare(make_spec(folder, model=model))

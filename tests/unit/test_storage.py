@@ -12,7 +12,17 @@ from typing_extensions import override
 
 from quantbatch.errors import Refused, StorageError
 from quantbatch.spec import Storage
-from quantbatch.storage import PRIVATE, LocalStore, S3Store, Store, open_store, probe, redact
+from quantbatch.storage import (
+    PRIVATE,
+    LocalStore,
+    S3Store,
+    Store,
+    local_folder,
+    open_store,
+    probe,
+    redact,
+    scratch_folder,
+)
 
 
 @pytest.fixture
@@ -87,6 +97,28 @@ def test_put_file_leaves_the_source(store: Store, tmp_path: Path) -> None:
     store.put_file("big", source)
     assert store.info("big").size == 10_000_000
     assert source.exists()
+
+
+def test_take_file_moves_what_was_built_beside(store: Store, quick_disk: list[int]) -> None:
+    with scratch_folder(store, "entry/attempt/scratch") as folder:
+        (folder / "f").write_bytes(b"data")
+        inode = (folder / "f").stat().st_ino
+        store.take_file("entry/attempt/f", folder / "f")
+        assert not (folder / "f").exists()
+    assert not folder.exists()
+    there = local_folder(store, "entry/attempt")
+    assert there is not None
+    assert (there / "f").stat().st_ino == inode
+    assert store.read("entry/attempt/f") == b"data"
+    assert len(quick_disk) == 2, "the file and its folder"
+
+
+def test_scratch_that_cannot_be_made_is_one_clear_error() -> None:
+    with (
+        pytest.raises(StorageError, match="proc"),
+        scratch_folder(open_store("/proc/nowhere", Storage()), "scratch"),
+    ):
+        pass
 
 
 def test_a_failed_write_leaves_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
