@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from quantbatch.engine.blocks import BLOCK_TOKENS, blocks_for
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from quantbatch.model.checkpoint import Checkpoint
-    from quantbatch.model.footprint import KvShape, Weights
+    from quantbatch.model.footprint import KvShape, LayeredWeights, Weights
     from quantbatch.spec import JobSpec, Model, Quantization
 
 CUDA_CONTEXT_BYTES = 512 * 2**20
@@ -195,7 +196,7 @@ def _batch_sizes(work: Work, device_bytes: int | None) -> Sequence[int]:
     return PACKED_ROWS if work.step_tokens else range(MAX_PADDED_ROWS, 0, -1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Load:
     """What is to run on which device: everything that a plan depends on but the batch size."""
 
@@ -229,7 +230,7 @@ class Load:
         besides = plan.workspace_bytes + plan.overhead_bytes + plan.reserve_bytes
         least, most, bytes_per_token = self._cache_wanted(plan, rows)
         cut = spread(
-            weigh_layers(self.checkpoint, self.model),
+            self._layers,
             kv_bytes_per_token=bytes_per_token,
             room_bytes=self.device_bytes - besides,
             cards=cards,
@@ -247,6 +248,10 @@ class Load:
             card_layers=cut.layers if cut else (),
             whole=cut is not None and cut.kv_tokens >= least,
         )
+
+    @cached_property
+    def _layers(self) -> LayeredWeights:
+        return weigh_layers(self.checkpoint, self.model)
 
     def _cache_wanted(self, plan: MemoryPlan, rows: int) -> tuple[int, int, int]:
         """Return the least and the most tokens of cache, and the bytes of one.
