@@ -389,6 +389,28 @@ def _show_comparison(document: dict[str, Any], folder: Path, *, as_json: bool) -
 
 
 @app.command()
+def prequantize(
+    spec: SpecPath,
+    on_cluster: Annotated[
+        bool, typer.Option("--cluster", help="Quantize on the job's Ray cluster, not here.")
+    ] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a job's model and keep it in model.cache, so that its replicas start sooner."""
+    with _outcome(as_json):
+        job = _load(spec, overrides)
+        from quantbatch.prequantize import prequantize as fill_cache
+
+        document = fill_cache(job, on_cluster=on_cluster, say=console.note)
+        if as_json:
+            console.say_document(document)
+        else:
+            console.say(f"{job.name}: {console.OUTCOMES[document['outcome']]}", "bold")
+            console.say(console.cached_table(document))
+
+
+@app.command()
 def formats(
     card: Annotated[
         str, typer.Option(metavar="NAME", help="Card, such as L4; else that of this machine.")

@@ -41,6 +41,8 @@ OUTCOMES = {
     "unfinished": "not finished; quantbatch run continues it",
     "proven": "proven: every row of the input is answered exactly once",
     "problems": "not proven",
+    "stored": "the quantized weights are in the cache now",
+    "already_there": "the quantized weights were in the cache already, and are whole",
 }
 """How outcomes are said to a person."""
 _SAMPLE_CHARS = 4000
@@ -405,6 +407,21 @@ def next_steps(report: RunReport, spec: str) -> Table:
             "an error_type and an error_message",
         }
     return facts([("next", "")] + [(f"  {command}", why) for command, why in steps.items()])
+
+
+def cached_table(document: Mapping[str, Any]) -> Table:
+    """Return what `prequantize` found or stored."""
+    of = document["of"]
+    rows = [
+        ("model", document["model"]),
+        ("for", f"{of['device']}, other weights in {of['dtype']}"),
+        ("size", f"{size(document['bytes'])} in {several(document['files'], 'file')}"),
+        ("took", f"{document['elapsed_s']:,.1f} s"),
+        ("place", document["uri"]),
+    ]
+    if document["damage"]:
+        rows.append(("replaces", f"an entry that was damaged: {document['damage']}"))
+    return facts(rows)
 
 
 def say_sample(row: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantbatch.errors import SpecError
-from quantbatch.spec import JobSpec, ReplicaRange, json_schema
+from quantbatch.spec import JobSpec, Model, ReplicaRange, json_schema
 from quantbatch.specfile import MAX_BYTES, load_spec
 
 if TYPE_CHECKING:
@@ -406,3 +406,14 @@ def test_any_value_is_accepted_or_named_with_its_place(
 def test_the_kept_schema_is_fresh() -> None:
     kept = Path(__file__).parents[2] / "configs" / "quantbatch.schema.json"
     assert json.loads(kept.read_text()) == json_schema(), "run `make docs`"
+
+
+def test_relative_paths_of_a_model_are_found_from_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    model = Model(id="model", cache="cache")
+    assert model.seen_from(str(tmp_path)) == Model(
+        id=str(tmp_path / "model"), cache=str(tmp_path / "cache")
+    )
+    for cache in ("s3://bucket/weights", "/weights", "~/weights", None):
+        elsewhere = Model(id="org/name", cache=cache)
+        assert elsewhere.seen_from(str(tmp_path)) == elsewhere
