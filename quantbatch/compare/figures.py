@@ -122,6 +122,7 @@ def describe_divergence(found: Differences, bootstrap: Bootstrap) -> dict[str, A
         "kl_mean": kl._asdict(),
         "kl_p99": p99._asdict(),
         "kl_max": float(found.kl_P.max()),
+        "kl_mean_bound": float(found.kl_bound_P.mean()),
         "perplexity_ratio": bootstrap.ratio(by_row(found.nll_P), tokens, np.exp)._asdict(),
         "same_top": bootstrap.ratio(by_row(found.same_top_P), tokens)._asdict(),
         "rms_dp": bootstrap.ratio(by_row(found.probability_P**2), tokens, np.sqrt)._asdict(),

@@ -11,7 +11,7 @@ import html
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from quantbatch.compare.report import COLUMNS, cells_of, nats, remarks
+from quantbatch.compare.report import columns_of, nats, remarks
 from quantbatch.console import plain, size
 
 if TYPE_CHECKING:
@@ -49,11 +49,12 @@ svg .axis { stroke: var(--line); } svg .noise { stroke: var(--faint); stroke-das
 def page(document: Mapping[str, Any]) -> str:
     """Return the report that `report.describe` made as HTML."""
     title = f"{document['name']}: bit widths against {document['reference']}"
-    rows = [document["widths"][0], *document["widths"][1:]]
+    columns = columns_of(document)
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
     parts = [
         f"<h1>{_escaped(title)}</h1>",
         f"<p>{_escaped(document['model'])}, on {_escaped(document['device'])}</p>",
-        f'<div class="wide">{_table(COLUMNS, [cells_of(width) for width in rows])}</div>',
+        f'<div class="wide">{_table(columns, rows)}</div>',
         _accuracy(document),
         "<h2>What was seen</h2>",
         _definitions(remarks(document)),
@@ -160,8 +161,15 @@ class _Axis(NamedTuple):
         if self.is_log:
             first, last = math.floor(self._of(self.low)), math.ceil(self._of(self.high))
             return [10.0**n for n in range(first, last + 1) if self.low <= 10.0**n <= self.high]
-        step = (self.high - self.low) / (MARKS_OF_AXIS - 1)
-        return [self.low + step * n for n in range(MARKS_OF_AXIS)]
+        step = _round_step((self.high - self.low) / MARKS_OF_AXIS)
+        count = int((self.high - self.low) / step + 1e-9)
+        return [self.low + step * n for n in range(count + 1)]
+
+
+def _round_step(least: float) -> float:
+    """Return the smallest of 1, 2, 5, 10, 20 ... that is not below a number, or 0.5, 0.2 ..."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(n * power for n in (1, 2, 5, 10) if n * power >= least * (1 - 1e-9))
 
 
 def _across(high: float) -> _Axis:
@@ -212,21 +220,30 @@ def _memory_plot(document: Mapping[str, Any]) -> str:
     positive = [value for value in found if value and value > 0] or [SMALLEST_KL]
     low = 10.0 ** math.floor(math.log10(max(min(positive), SMALLEST_KL)))
     high = 10.0 ** math.ceil(math.log10(max(max(positive), 10 * low)))
-    x = _across(1.1 * max(width["memory"]["weight_bytes"] for width, _ in shown))
+    most = max(width["memory"]["weight_bytes"] for width, _ in shown)
+    unit, unit_name = (2**30, "GiB") if most >= 2**30 else (2**20, "MiB")
+    x = _across(1.1 * most / unit)
     y = _Axis(low, high, HEIGHT - BOTTOM, TOP, is_log=True)
     floor = y.place(noise["kl_mean"]["high"])
     drawn = [
-        _axes(x, y, {v: size(int(v)) for v in x.marks()}, {v: f"{v:.0e}" for v in y.marks()}),
+        _axes(
+            x,
+            y,
+            {v: f"{v:g} {unit_name}" for v in x.marks()},
+            {v: f"{v:.0e}" for v in y.marks()},
+        ),
         _line(x.start, floor, x.end, floor, 'class="noise"'),
         _text(x.end + 4, floor + 4, "noise floor"),
     ]
-    for (width, colour), interval in zip(shown, intervals, strict=True):
-        at, mean = x.place(width["memory"]["weight_bytes"]), y.place(interval["value"])
+    labelled: list[float] = []
+    for width, colour in sorted(shown, key=_mean_kl, reverse=True):
+        interval = width["divergence"]["kl_mean"]
+        at, mean = x.place(width["memory"]["weight_bytes"] / unit), y.place(interval["value"])
         paint = f'stroke="{colour}" stroke-width="2"'
         drawn += [
             _line(at, y.place(interval["low"]), at, y.place(interval["high"]), paint),
             f'<circle cx="{at:.1f}" cy="{mean:.1f}" r="4" fill="{colour}"/>',
-            _text(at + 8, mean + 4, width["name"]),
+            _text(at + 8, _free(mean, labelled) + 4, width["name"]),
         ]
     caption = (
         "Mean KL divergence in nats a token (logarithmic, bars: 95 % intervals) over the bytes of"
@@ -237,15 +254,23 @@ def _memory_plot(document: Mapping[str, Any]) -> str:
     return _figure("memory against divergence", caption, drawn)
 
 
+def _mean_kl(shown: tuple[Mapping[str, Any], str]) -> float:
+    value: float = shown[0]["divergence"]["kl_mean"]["value"]
+    return value
+
+
 def _first_differences_plot(document: Mapping[str, Any]) -> str:
     shown = _coloured(document)
     if not shown:
         return "<p>There is nothing to draw.</p>"
     rows = document["rows"]["compared"]
     longest = max(width["answers"]["longest"] for width, _ in shown)
-    x, y = _across(longest), _Axis(0, 1, HEIGHT - BOTTOM, TOP)
-    x_names = {v: f"{v:.0f}" for v in x.marks()} if longest >= MARKS_OF_AXIS else {0: "0"}
-    drawn = [_axes(x, y, x_names | {longest: f"{longest}"}, {v: f"{v:.0%}" for v in y.marks()})]
+    least = min(width["answers"]["identical"]["value"] for width, _ in shown)
+    # From a whole tenth on: most answers of a good width are the same.
+    y = _Axis(math.floor(10 * min(least, 0.9)) / 10, 1, HEIGHT - BOTTOM, TOP)
+    x = _across(longest)
+    x_names = {v: f"{v:g}" for v in x.marks()}
+    drawn = [_axes(x, y, x_names, {v: f"{v:.0%}" for v in y.marks()})]
     labelled: list[float] = []
     for width, colour in shown:
         places = _steps(width["answers"]["first_differences"], rows, longest)

@@ -15,12 +15,12 @@ from rich.text import Text
 
 from quantbatch.compare import figures
 from quantbatch.compare.candidates import is_original, own_dtype
-from quantbatch.compare.divergence import TOP_WORDS
+from quantbatch.compare.divergence import DRAWN_WORDS, TOP_WORDS
 from quantbatch.compare.statistics import LEVEL, RESAMPLES, SEED, Bootstrap, rule_of_three
 from quantbatch.console import plain, several, size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from quantbatch.compare.job import Outcome, Prepared
@@ -61,8 +61,8 @@ def describe(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
         "gold": prepared.choices.gold,
         "greedy_instead_of_sampled": prepared.samples,
         "method": {
-            "kl": f"reference || candidate, nats a token, a lower bound from the {TOP_WORDS}"
-            " likeliest words and the mass of all others, on the reference's own greedy answers",
+            "kl": "reference || candidate, nats a token, on the reference's own greedy answers;"
+            f" from the {TOP_WORDS} likeliest words and {DRAWN_WORDS} drawn from all others",
             "intervals": f"{LEVEL:.0%}, percentile bootstrap over rows,"
             f" {RESAMPLES:,} resamples, seed {SEED}",
         },
@@ -154,7 +154,8 @@ def _said_of_labels(labels: Mapping[str, Any], seen: str) -> str:
     least, most = 1 - labels["same"]["high"], 1 - labels["same"]["low"]
     if not labels["flipped"]:
         return f"no difference in more than {most:.2%} of labels seen {seen}"
-    return f"{labels['flipped']:,} labels differ, {least:.2%} to {most:.2%}, seen {seen}"
+    flipped = several(labels["flipped"], "label")
+    return f"{flipped} changed, between {least:.2%} and {most:.2%} of rows, seen {seen}"
 
 
 def _said_of_accuracy(accuracy: Mapping[str, Any]) -> str:
@@ -174,6 +175,11 @@ def nats(value: float | None) -> str:
     return "?" if value is None else f"{value:.2g}"
 
 
+def times(ratio: float | None) -> str:
+    """Write a ratio of perplexities."""
+    return "x?" if ratio is None else f"x{ratio:.4f}"
+
+
 def points(share: float) -> str:
     """Write a change of a share in percentage points."""
     return f"{100 * share:+.1f}"
@@ -184,63 +190,58 @@ def points(share: float) -> str:
 
 def table(document: Mapping[str, Any]) -> Table:
     """Return the figures of all widths, a line each."""
-    has_gold = document["gold"] is not None
     made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in (*COLUMNS, *(("accuracy", "mid-p") if has_gold else ())):
+    columns = columns_of(document)
+    for name in columns:
         made.add_column(name, justify="left" if name == "width" else "right")
-    reference, *others = document["widths"]
-    again = document["noise_floor"] | {"name": f"{reference['name']} again"}
-    for width in (reference, again, *others):
-        cells = cells_of(width) + (_gold_cells(width) if has_gold else [])
-        made.add_row(*(Text(plain(cell)) for cell in cells))
+    for row in zip(*columns.values(), strict=True):
+        made.add_row(*(Text(plain(cell)) for cell in row))
     return made
 
 
-COLUMNS = (
-    "width",
-    "weights",
-    "saved",
-    "KL mean (95 %)",
-    "KL p99",
-    "perplexity",
-    "same top",
-    "identical",
-    "differs at",
-    "same label",
-    "tokens/s",
-)
+def columns_of(document: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the figures by column, a cell for each width; the noise floor follows the reference,
+    whose own cells are empty where a figure is a difference from it.
+    """
+    reference, *others = document["widths"]
+    again = document["noise_floor"] | {"name": f"{reference['name']} again"}
+    widths = (reference, again, *others)
+    shown: dict[str, Callable[[Any], str]] = {
+        "width": lambda width: width["name"],
+        "weights": lambda width: size(width["memory"]["weight_bytes"]),
+        "saved": lambda width: f"{width['memory']['saved']:.1%}",
+        "KL mean (95 %)": _kl,
+        "KL p99": lambda width: nats(width["divergence"]["kl_p99"]["value"]),
+        "KL on prompts": lambda width: _kl(width, "divergence_on_prompts"),
+        "perplexity": lambda width: times(width["divergence"]["perplexity_ratio"]["value"]),
+        "same top": lambda width: f"{width['divergence']['same_top']['value']:.2%}",
+        "RMS dp": lambda width: f"{width['divergence']['rms_dp']['value']:.2%}",
+        "identical": lambda width: f"{width['answers']['identical']['value']:.1%}",
+        "differs at": _first_difference,
+        "same label": lambda width: f"{width['labels']['same']['value']:.1%}",
+        "accuracy": lambda width: f"{width['accuracy']['value']['value']:.1%}",
+        "mid-p": lambda width: f"{width['accuracy']['mcnemar_mid_p']:.2g}",
+        "tokens/s": lambda width: f"{width['speed']['tokens_per_s']:,.0f}",
+    }
+    columns = {name: [_cell(cell, width) for width in widths] for name, cell in shown.items()}
+    return {name: cells for name, cells in columns.items() if any(cells)}
 
 
-def cells_of(width: Mapping[str, Any]) -> list[str]:
-    """Return a width's figures in the order of `COLUMNS`; empty where it is the reference."""
-    memory = width["memory"]
-    cells = [width["name"], size(memory["weight_bytes"]), f"{memory['saved']:.1%}"]
-    speed = f"{width['speed']['tokens_per_s']:,.0f}"
-    if "answers" not in width:
-        return [*cells, *[""] * 7, speed]
-    found, answers = width["divergence"], width["answers"]
-    if found is None:
-        cells += [""] * 4
-    else:
-        kl = found["kl_mean"]
-        cells += [
-            f"{nats(kl['value'])} ({nats(kl['low'])} - {nats(kl['high'])})",
-            nats(found["kl_p99"]["value"]),
-            f"x{found['perplexity_ratio']['value'] or math.inf:.4f}",
-            f"{found['same_top']['value']:.2%}",
-        ]
-    median = answers["first_difference_median"]
-    place = "" if median is None else f"token {median + 1:g}"
-    same = width["labels"]["same"]["value"]
-    return [*cells, f"{answers['identical']['value']:.1%}", place, f"{same:.1%}", speed]
+def _cell(cell: Callable[[Any], str], width: Mapping[str, Any]) -> str:
+    """Return a cell, empty if the width has no such figure."""
+    try:
+        return cell(width)
+    except (KeyError, TypeError):
+        return ""
 
 
-def _gold_cells(width: Mapping[str, Any]) -> list[str]:
-    accuracy = width["accuracy"]
-    if accuracy is None:
-        return ["", ""]
-    p = accuracy.get("mcnemar_mid_p")
-    return [f"{accuracy['value']['value']:.1%}", "" if p is None else f"{p:.2g}"]
+def _kl(width: Mapping[str, Any], part: str = "divergence") -> str:
+    kl = width[part]["kl_mean"]
+    return f"{nats(kl['value'])} ({nats(kl['low'])} - {nats(kl['high'])})"
+
+
+def _first_difference(width: Mapping[str, Any]) -> str:
+    return f"token {width['answers']['first_difference_median'] + 1:g}"
 
 
 def remarks(document: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -15,12 +15,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from quantbatch.compare.divergence import TOP_WORDS, Beliefs
+from quantbatch.compare.divergence import DRAWN_WORDS, TOP_WORDS, Beliefs
+from quantbatch.compare.statistics import SEED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-SCORE_BYTES = 2 + 4 + 4 + 4
-"""For each token and word: scores in 16 bits and in float32, log-probabilities, and those of the
-words beyond the likeliest."""
+SCORE_BYTES = 2 + 4 + 4 + 4 + 4
+"""For each token and word: scores in 16 bits and in float32, log-probabilities, those of the words
+beyond the likeliest, and what drawing from them or adding them up takes."""
 PIECE_BYTES = 256 * 2**20
-"""What scores may take at once: 126 tokens of 152,064 words."""
+"""What scores may take at once: 98 tokens of 152,064 words."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,13 @@ class Scorer:
                 the model's own likeliest ones.
         """
         found: dict[int, Beliefs] = {}
+        random = torch.Generator(self.model.device).manual_seed(SEED)
         for batch in self._batches(texts):
             rows = [texts[index] for index in batch]
-            words = None
-            if about is not None:
-                words = torch.from_numpy(np.concatenate([about[i].words_PK for i in batch]))
-            asked = self._ask_batch(rows, words)
+            words = Words.of([about[index] for index in batch]) if about is not None else None
+            asked = self._ask_batch(rows, words, random)
             ends = np.cumsum([row.counted for row in rows])[:-1]
-            found |= dict(zip(batch, _split(asked, ends.tolist()), strict=True))
+            found |= dict(zip(batch, asked.split(ends.tolist()), strict=True))
         return [found[index] for index in range(len(texts))]
 
     def _batches(self, texts: Sequence[Text]) -> Iterator[list[int]]:
@@ -110,7 +110,9 @@ class Scorer:
         if batch:
             yield batch
 
-    def _ask_batch(self, texts: Sequence[Text], words_PK: Tensor | None) -> Beliefs:
+    def _ask_batch(
+        self, texts: Sequence[Text], words: Words | None, random: torch.Generator
+    ) -> Beliefs:
         inputs, starts = self._inputs(texts)
         output = self._layers(inputs)
         hidden_BTH: Tensor = output.last_hidden_state
@@ -132,8 +134,10 @@ class Scorer:
         for begin in range(0, len(targets), step):
             piece = slice(begin, begin + step)
             scores_PV = self._head(output, hidden_PH[piece])
-            words = None if words_PK is None else words_PK[piece].to(device, torch.long)
-            pieces.append(beliefs_of(scores_PV, targets_P[piece], words, self.top_words))
+            asked = words.part(piece, device) if words else None
+            logprobs_PV = logprobs_of(scores_PV)
+            asked = asked or choose_words(logprobs_PV, self.top_words, random)
+            pieces.append(beliefs_of(logprobs_PV, targets_P[piece], asked))
         return Beliefs.joined(pieces)
 
     def _piece_tokens(self) -> int:
@@ -205,43 +209,62 @@ def _returning(module: torch.nn.Module, output: Any) -> Iterator[None]:  # noqa:
             module.forward = own
 
 
-def beliefs_of(
-    scores_PV: Tensor, targets_P: Tensor, words_PK: Tensor | None, top_words: int
-) -> Beliefs:
-    """Reduce scores to what is kept of them, in float32.
+class Words(NamedTuple):
+    """What a model is asked about at each token."""
+
+    top_PK: Tensor
+    drawn_PM: Tensor
+
+    @classmethod
+    def of(cls, beliefs: Sequence[Beliefs]) -> Words:
+        """Return the words that the reference was asked about."""
+        found = Beliefs.joined(beliefs)
+        return cls(torch.from_numpy(found.words_PK), torch.from_numpy(found.drawn_PM))
+
+    def part(self, which: slice, device: torch.device) -> Words:
+        """Return those of some tokens, on a device."""
+        return Words(*(words[which].to(device, torch.long) for words in self))
+
+
+def logprobs_of(scores_PV: Tensor) -> Tensor:
+    """Return log-probabilities in float32."""
+    scores_PV = scores_PV.float()
+    return scores_PV - scores_PV.logsumexp(-1, keepdim=True)
+
+
+def choose_words(logprobs_PV: Tensor, top_words: int, random: torch.Generator) -> Words:
+    """Return the likeliest words, and some of the others, drawn by their probability."""
+    top_PK = logprobs_PV.topk(min(top_words, logprobs_PV.shape[1]), sorted=False).indices
+    if top_PK.shape[1] == logprobs_PV.shape[1]:
+        return Words(top_PK, top_PK[:, :0])
+    others_PV = logprobs_PV.scatter(1, top_PK, -torch.inf)
+    # Relative to the largest, since all of them may be too small for float32; and rows that are no
+    # numbers are left out later, so that any words do for them.
+    others_PV -= others_PV.amax(-1, keepdim=True)
+    weights_PV = others_PV.exp_().nan_to_num_(1.0)
+    drawn_PM = torch.multinomial(weights_PV, DRAWN_WORDS, replacement=True, generator=random)
+    return Words(top_PK, drawn_PM)
+
+
+def beliefs_of(logprobs_PV: Tensor, targets_P: Tensor, words: Words) -> Beliefs:
+    """Reduce log-probabilities to what is kept of them.
 
     Args:
-        scores_PV: The model's scores; their memory may be used.
+        logprobs_PV: In float32; overwritten.
         targets_P: The tokens that came.
-        words_PK: Words to ask about; None takes the likeliest.
-        top_words: How many of these.
+        words: What is asked about.
     """
-    logprobs_PV = scores_PV.float()
-    logprobs_PV = logprobs_PV - logprobs_PV.logsumexp(-1, keepdim=True)
-    if words_PK is None:
-        words_PK = logprobs_PV.topk(min(top_words, logprobs_PV.shape[1]), sorted=False).indices
-    kept_PK = logprobs_PV.gather(1, words_PK)
+    kept_PK = logprobs_PV.gather(1, words.top_PK)
+    drawn_PM = logprobs_PV.gather(1, words.drawn_PM)
     target_P = logprobs_PV.gather(1, targets_P[:, None])[:, 0]
     likeliest_P = logprobs_PV.argmax(-1)
-    others_P = logprobs_PV.scatter_(1, words_PK, -torch.inf).logsumexp(-1)
+    others_P = logprobs_PV.scatter_(1, words.top_PK, -torch.inf).logsumexp(-1)
     return Beliefs(
-        words_PK.to("cpu", torch.int32).numpy(),
+        words.top_PK.to("cpu", torch.int32).numpy(),
         kept_PK.cpu().numpy(),
         others_P.cpu().numpy(),
+        words.drawn_PM.to("cpu", torch.int32).numpy(),
+        drawn_PM.cpu().numpy(),
         target_P.cpu().numpy(),
         likeliest_P.to("cpu", torch.int32).numpy(),
     )
-
-
-def _split(beliefs: Beliefs, ends: list[int]) -> list[Beliefs]:
-    columns = (
-        np.split(column, ends)
-        for column in (
-            beliefs.words_PK,
-            beliefs.logprobs_PK,
-            beliefs.others_P,
-            beliefs.target_P,
-            beliefs.likeliest_P,
-        )
-    )
-    return [Beliefs(*parts) for parts in zip(*columns, strict=True)]
