@@ -19,7 +19,7 @@ import pyarrow as pa
 from quantbatch.errors import InputError
 from quantbatch.input import listing, sources
 from quantbatch.prompts.rendering import Renderer
-from quantbatch.prompts.tokens import load_tokenizer_without_torch
+from quantbatch.prompts.tokens import counting_tokenizer
 from quantbatch.records import Slice
 from quantbatch.storage import open_store
 
@@ -123,7 +123,7 @@ def sample_lengths(
     """
     renderer = Renderer(
         spec.prompt,
-        load_tokenizer_without_torch(checkpoint.folder),
+        counting_tokenizer(checkpoint),
         max_prompt_tokens=max(COUNTED_TOKENS, max_input_tokens),
     )
     tokens: list[int] = []

@@ -17,7 +17,7 @@ from quantbatch.errors import JobError
 from quantbatch.model.checkpoint import find_checkpoint
 from quantbatch.model.memory import gib
 from quantbatch.prompts.rendering import sample_seed
-from quantbatch.prompts.tokens import load_tokenizer
+from quantbatch.prompts.tokens import tokenizer_of
 from quantbatch.records import (
     EngineProgress,
     ReplicaStats,
@@ -99,7 +99,7 @@ def load_engine(job: ReplicaJob) -> LoadedEngine:
 
 
 def _echo(job: ReplicaJob, options: EchoEngine) -> LoadedEngine:
-    tokenizer = load_tokenizer(find_checkpoint(job.spec.model.seen_from(job.driver_folder)).folder)
+    tokenizer = tokenizer_of(find_checkpoint(job.spec.model.seen_from(job.driver_folder)))
     size = echo.DEFAULT_BATCH_SIZE if options.batch_size == "auto" else options.batch_size
 
     def decode(answers: list[Sequence[int]]) -> list[str]:

@@ -17,7 +17,7 @@ from quantbatch.input import listing, sources
 from quantbatch.model.checkpoint import find_checkpoint, open_checkpoint
 from quantbatch.prompts.rendering import Renderer, check_prompt, row_seed
 from quantbatch.prompts.templates import missing_column
-from quantbatch.prompts.tokens import load_tokenizer
+from quantbatch.prompts.tokens import tokenizer_of
 from quantbatch.records import Chunk, Request, RequestId, Slice
 from quantbatch.replica import ReplicaJob, load_engine
 from quantbatch.runner import Runner
@@ -125,7 +125,7 @@ def sample(spec: JobSpec, count: int) -> list[Sampled]:
     """
     spec = spec.resolved()
     checkpoint, head = check(spec, count)
-    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenizer = tokenizer_of(checkpoint)
     renderer = Renderer(
         spec.prompt,
         tokenizer,

@@ -22,7 +22,7 @@ from quantbatch.input import listing, sources
 from quantbatch.ledger import commit_chunk
 from quantbatch.model.checkpoint import find_checkpoint
 from quantbatch.prompts.rendering import Renderer
-from quantbatch.prompts.tokens import load_tokenizer
+from quantbatch.prompts.tokens import tokenizer_of
 from quantbatch.records import Chunk, Receipt, Slice, Trouble, pack, unpack
 from quantbatch.storage import open_store
 
@@ -156,7 +156,7 @@ def _renderer(job: ReadJob) -> Renderer:
     checkpoint = find_checkpoint(job.spec.model.seen_from(job.driver_folder))
     return Renderer(
         job.spec.prompt,
-        load_tokenizer(checkpoint.folder),
+        tokenizer_of(checkpoint),
         max_prompt_tokens=job.max_input_tokens,
         too_long=job.spec.engine.too_long,
     )

@@ -21,7 +21,7 @@ from quantbatch.errors import DoesNotFit
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.model.footprint import unpackable
 from quantbatch.model.memory import Work, gib, plan_memory
-from quantbatch.prompts.tokens import load_tokenizer
+from quantbatch.prompts.tokens import tokenizer_of
 from quantbatch.records import EngineProgress
 from quantbatch.spec import ContinuousEngine as ContinuousOptions
 from quantbatch.weights import dtypes, peak
@@ -93,7 +93,7 @@ def load(
     plan = plan_memory(checkpoint, model, work, device_bytes)
     measured = peak.PeakMemory(device, cards=work.cards)
     loaded = weights.load(checkpoint, model, device, card_layers=plan.card_layers)
-    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenizer = tokenizer_of(checkpoint)
     made: _Made | None = None
     if isinstance(options, ContinuousOptions):
         made = _continuous_or_none(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantbatch.errors import ModelError
-from quantbatch.model import formats, hub, packed
+from quantbatch.model import formats, gguf, hub, packed
 from quantbatch.model.formats import How, Machine, quant_section
 from quantbatch.model.headers import INDEX_FILE, Header, TensorInfo, few, read_headers, read_json
 from quantbatch.spec import FourBit, Int8, Unquantized
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from quantbatch.model.formats import Capability, Verdict
+    from quantbatch.model.gguf import GgufHeader
     from quantbatch.spec import Model, Quantization
 
 SMALL_FILES = (
@@ -46,6 +47,9 @@ SMALL_FILES = (
     "chat_template.json",
 )
 """Everything of a model that decides its answers, besides the weights."""
+
+CODE = ("*.py", "**/*.py")
+"""Files of a repository that are brought along only if its code may run."""
 
 CAUSAL_ARCHITECTURES = frozenset({"GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "CTRLLMHeadModel"})
 """Causal language models whose class is not called ...ForCausalLM."""
@@ -81,11 +85,20 @@ class Checkpoint:
     """Identity of the weights: the commit for a repository of the hub, else see `_digest`."""
     expanded: bool = False
     """Whether its weights are expanded to `model.dtype` as they are loaded."""
+    gguf: str = ""
+    """Name of the GGUF file that is the model; empty for safetensors."""
+    trusted: bool = False
+    """Whether Python code of the repository may run, at `commit`."""
 
     @property
     def text_config(self) -> dict[str, Any]:
         """The part of the configuration that describes the language model."""
         return text_config(self.config)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether transformers has the model's type; else a plan knows its layers by name only."""
+        return _is_native(str(self.config.get("model_type", "")))
 
 
 def open_checkpoint(model: Model, capability: Capability | None = None) -> Checkpoint:
@@ -120,6 +133,16 @@ def find_checkpoint(model: Model) -> Checkpoint:
         ModelError: It is not there, or not whole.
     """
     folder = Path(model.id).expanduser()
+    if model.trust_remote_code and folder.exists():
+        raise ModelError(
+            f"model.trust_remote_code: {model.id} is a folder, and a folder has no commit to pin",
+            "give the repository's name, which is looked for in the hub's cache too"
+            " (HF_HUB_OFFLINE=1 where there is no network)",
+        )
+    if folder.is_file() and folder.suffix == ".gguf":
+        return _open_gguf(model, folder.resolve())
+    if folder.is_dir() and model.file:
+        return _open_gguf(model, folder.resolve() / model.file)
     if folder.is_dir():
         return _open_folder(model, folder.resolve())
     if REPOSITORY.fullmatch(model.id) and not folder.exists():
@@ -148,9 +171,43 @@ def _open_folder(model: Model, folder: Path) -> Checkpoint:
     )
 
 
+def _open_gguf(model: Model, path: Path) -> Checkpoint:
+    if not path.is_file():
+        there = [each.name for each in path.parent.glob("*.gguf")]
+        raise ModelError(
+            f"model.file {path.name!r}: there is no such file in {path.parent}",
+            f"there are {', '.join(sorted(there)) or 'no GGUF files'}",
+        )
+    header = gguf.read_gguf(path)
+    described = _of_gguf(model, path.parent, path.name, header)
+    return replace(described, digest=_digest(path.parent, {path: gguf.as_header(header)}))
+
+
+def _of_gguf(model: Model, folder: Path, name: str, header: GgufHeader) -> Checkpoint:
+    config = gguf.config_of(header, f"{model.id} ({name})")
+    template = header.metadata.get("tokenizer.chat_template")
+    return Checkpoint(
+        folder=folder,
+        id=model.id,
+        commit="",
+        config=config,
+        tensors=gguf.as_header(header).tensors,
+        chat_template=template if isinstance(template, str) else _chat_template(folder),
+        context_tokens=_context_tokens(config),
+        quantized="gguf",
+        digest="",
+        gguf=name,
+    )
+
+
 def _open_repository(model: Model) -> Checkpoint:
     try:
-        snapshot = hub.fetch(model, SMALL_FILES)
+        if model.file:
+            found = hub.fetch_gguf(model, SMALL_FILES, model.file)
+            described = _of_gguf(model, found.folder, model.file, found.header)
+            return replace(described, commit=found.commit, digest=found.commit)
+        code = CODE if model.trust_remote_code else ()
+        snapshot = hub.fetch(model, (*SMALL_FILES, *code))
     except ModelError as error:
         # A repository's name looks like a relative path, and may be one with a typing error.
         raise ModelError(error.problem, error.hint + _nearest_folder(Path(model.id))) from error
@@ -165,6 +222,7 @@ def _open_repository(model: Model) -> Checkpoint:
         context_tokens=_context_tokens(config),
         quantized=_quant_method(config),
         digest=snapshot.commit,
+        trusted=model.trust_remote_code,
     )
 
 
@@ -174,7 +232,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if (folder / "adapter_config.json").is_file():
         hint = "it holds a LoRA adapter: merge it into its base model and save that"
     elif any(folder.glob("*.gguf")):
-        hint = "transformers expands GGUF to 16 or 32 bits, so it saves no memory: use the original"
+        hint = "name the GGUF file as model.file"
     else:
         hint = "model.id is the folder that save_pretrained wrote, or a repository of the hub"
     raise ModelError(f"{folder} has no config.json", hint)
@@ -259,13 +317,25 @@ def _nearest_folder(path: Path) -> str:
 
 
 def _refuse_foreign_code(checkpoint: Checkpoint) -> None:
-    model_type = str(checkpoint.config.get("model_type", ""))
-    asks = "AutoModelForCausalLM" in (checkpoint.config.get("auto_map") or {})
-    if asks and not _is_native(model_type):
+    """Refuse a model that needs code which may not run, or that nobody has pinned."""
+    code = checkpoint.config.get("auto_map") or {}
+    if checkpoint.trusted:
+        elsewhere = [str(place) for place in code.values() if "--" in str(place)]
+        if elsewhere:
+            raise ModelError(
+                f"{checkpoint.id} takes code from another repository, {elsewhere[0]}:"
+                " model.revision does not pin that",
+                "copy the code into a repository of yours, beside the model",
+            )
+        return
+    if "AutoModelForCausalLM" in code and not checkpoint.is_native:
+        pinned = f"model.revision: {checkpoint.commit or 'the commit that you read'}"
         raise ModelError(
             f"{checkpoint.id} needs Python code of its own: transformers has no model type"
-            f" {model_type!r}",
-            "quantbatch runs no code from a repository; a newer transformers may know the model",
+            f" {checkpoint.config.get('model_type')!r}",
+            "a newer transformers may know the model; or read the code, and set"
+            f" model.trust_remote_code: true and {pinned}"
+            f"{'' if checkpoint.commit else ', with model.id as the name of a repository'}",
         )
 
 

@@ -54,6 +54,9 @@ EXTRAS = {
 }
 """The extra of quantbatch by which a package is installed."""
 
+GGUF_FLOATS = frozenset({"F32", "F16", "BF16"})
+"""Types of tensors in a GGUF file that are no codes."""
+
 Capability = tuple[int, int]
 FP8_CARD: Capability = (8, 9)
 """Ada and Hopper: the first cards that multiply 8-bit floats."""
@@ -176,7 +179,7 @@ def judge(method: str, section: Mapping[str, Any], machine: Machine) -> Verdict:
 
     Args:
         method: `quant_method` of its config.json, or gguf.
-        section: `quantization_config` of its config.json; empty for GGUF.
+        section: `quantization_config` of its config.json; for GGUF its tensors' `types`.
         machine: Where it is to be loaded.
     """
     match method:
@@ -193,7 +196,7 @@ def judge(method: str, section: Mapping[str, Any], machine: Machine) -> Verdict:
         case "mxfp8":
             return Verdict(How.EXPANDED, "its kernels are not tested by quantbatch")
         case "gguf":
-            return _gguf(machine)
+            return _gguf(section, machine)
         case _ if method in UNLOADABLE:
             return Verdict(How.REFUSED, UNLOADABLE[method][1], ORIGINAL)
         case _:
@@ -272,9 +275,9 @@ def _ct_groups(section: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [group for group in groups if isinstance(group, dict)]
 
 
-def _gguf(machine: Machine) -> Verdict:
+def _gguf(section: Mapping[str, Any], machine: Machine) -> Verdict:
     found = _with_packages(GGUF, machine)
-    if found.how is How.REFUSED:
+    if found.how is How.REFUSED or GGUF_FLOATS.issuperset(section.get("types", [""])):
         return found
     return Verdict(How.EXPANDED, "transformers expands GGUF to 16 or 32 bits")
 

@@ -25,11 +25,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from quantbatch.errors import ModelError, RowError
+from quantbatch.model import hub
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from transformers import PreTrainedTokenizerBase
+
+    from quantbatch.model.checkpoint import Checkpoint
 
 Conversation = list[dict[str, Any]]
 TextOrChat = TypeVar("TextOrChat", str, Conversation)
@@ -55,18 +58,64 @@ class MarkedText(NamedTuple):
     """Whether there are marks around control tokens that are only text."""
 
 
+def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer, once in a process.
+
+    That of a GGUF file is made from its vocabulary, unless there is a tokenizer.json beside it,
+    which needs no guessing. Its chat template is the file's.
+
+    Raises:
+        ModelError: See `load_tokenizer`.
+    """
+    file = _vocabulary_file(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.folder, file, trusted=checkpoint.trusted)
+    if checkpoint.gguf:
+        tokenizer.chat_template = checkpoint.chat_template
+    return tokenizer
+
+
+def _vocabulary_file(checkpoint: Checkpoint) -> str:
+    """Return the GGUF file that the tokenizer has to be made from, if any; it is then whole."""
+    if not checkpoint.gguf or (checkpoint.folder / "tokenizer.json").is_file():
+        return ""
+    if checkpoint.commit:
+        hub.fetch_whole(checkpoint.id, checkpoint.gguf, checkpoint.commit)
+    return checkpoint.gguf
+
+
+def counting_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer for counting, without torch if its files allow it.
+
+    Raises:
+        ModelError: See `load_tokenizer`.
+    """
+    if checkpoint.trusted or _vocabulary_file(checkpoint):
+        return tokenizer_of(checkpoint)
+    return load_tokenizer_without_torch(checkpoint.folder)
+
+
 @functools.lru_cache(maxsize=4)
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer, once in a process; never runs code from its folder.
+def load_tokenizer(
+    folder: Path, gguf_file: str = "", *, trusted: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder, once in a process.
 
     The first call takes 3.7 s of CPU and 340 MB, because AutoTokenizer imports torch to read
     config.json. Where that matters, load it once and send it to others by pickle: they need 0.9 s,
     60 MB and no torch (measured with transformers 5.23).
 
+    Args:
+        folder: Where its files are.
+        gguf_file: A file in it to make the tokenizer from; empty if there is a tokenizer.json.
+        trusted: Whether code from the folder may run.
+
     Raises:
         ModelError: The files are missing or broken, or it needs code of its own.
     """
-    return _load(folder, _tokenizer_class)
+    if gguf_file:
+        return _load(folder, _automatic_class, gguf_file=gguf_file)
+    _require_tokenizer_file(folder)
+    return _load(folder, _tokenizer_class, trust_remote_code=trusted)
 
 
 @functools.lru_cache(maxsize=4)
@@ -79,19 +128,29 @@ def load_tokenizer_without_torch(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: The files are missing or broken.
     """
+    _require_tokenizer_file(folder)
     return _load(folder, _general_class)
 
 
-def _load(folder: Path, class_for: Callable[[Path], Any]) -> PreTrainedTokenizerBase:
+def _require_tokenizer_file(folder: Path) -> None:
     if not (folder / "tokenizer.json").is_file():
         # Without it, transformers 5.23 makes a Llama or Qwen2 tokenizer of three words or one.
         raise ModelError(
             f"{folder} has no tokenizer.json",
             "save it once with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
+
+
+def _load(
+    folder: Path,
+    class_for: Callable[[Path], Any],
+    *,
+    trust_remote_code: bool = False,
+    **arguments: str,
+) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = class_for(folder).from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
+            folder, trust_remote_code=trust_remote_code, local_files_only=True, **arguments
         )
     except Exception as error:  # tokenizers' Rust part raises plain Exception
         raise _cannot_load(folder, error) from error
@@ -106,6 +165,10 @@ def _tokenizer_class(folder: Path) -> Any:  # noqa: ANN401 - classes of transfor
     config = folder / "tokenizer_config.json"
     if config.is_file() and json.loads(config.read_bytes()).get("tokenizer_class") == _GENERAL:
         return _general_class(folder)
+    return _automatic_class(folder)
+
+
+def _automatic_class(_: Path) -> Any:  # noqa: ANN401 - classes of transformers
     from transformers import AutoTokenizer
 
     return AutoTokenizer
@@ -121,7 +184,7 @@ def _cannot_load(folder: Path, error: Exception) -> ModelError:
     first_line = str(error).strip().partition("\n")[0]
     problem = f"{folder}: the tokenizer can't be loaded: {first_line or type(error).__name__}"
     if "trust_remote_code" in str(error):
-        hint = "it needs code from its own folder, which quantbatch never runs"
+        hint = "it needs code from its own folder: see model.trust_remote_code"
     elif isinstance(error, ImportError):
         hint = "install the package that it names"
     else:

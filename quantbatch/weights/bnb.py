@@ -15,6 +15,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from quantbatch.spec import FourBit, Int8
 from quantbatch.weights.dtypes import fast_dtype
+from quantbatch.weights.pretrained import empty_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,8 +67,7 @@ def _skip_modules(config: Any, own: list[str]) -> list[str] | None:  # noqa: ANN
     """
     if not own:
         return None  # the library's own
-    with torch.device("meta"):
-        empty = hf.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    empty = empty_model(config)
     return sorted({*get_keys_to_not_convert(empty), *own})
 
 

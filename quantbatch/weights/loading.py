@@ -109,7 +109,8 @@ def _quantized(
 
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
     """Return the files of a checkpoint's weights, which may not have been fetched yet."""
-    return [checkpoint.folder / name for name in shard_names(checkpoint.folder)]
+    names = [checkpoint.gguf] if checkpoint.gguf else shard_names(checkpoint.folder)
+    return [checkpoint.folder / name for name in names]
 
 
 def _compare_with_plan(weight_bytes: int, checkpoint: Checkpoint, model: Model) -> None:

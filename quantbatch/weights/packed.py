@@ -14,6 +14,8 @@ import io
 import os
 from typing import TYPE_CHECKING, Any
 
+from quantbatch.weights import gguf
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -42,6 +44,8 @@ def prepare(checkpoint: Checkpoint, config: Any) -> None:  # noqa: ANN401 - of t
             section["use_optimized_inference"] = not checkpoint.expanded
         case "fp8" | "mxfp8" | "mxfp4":
             _section(config)["dequantize"] = checkpoint.expanded
+        case _ if checkpoint.gguf:
+            gguf.complete(checkpoint, config)
         case _:
             pass
 

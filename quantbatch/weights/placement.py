@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
 from torch import nn
 
 from quantbatch.errors import ModelError
+from quantbatch.weights.pretrained import empty_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-# Most of what is called of it has no types, or wrong ones (5.23).
-hf: Any = transformers
 
 
 def place(config: Any, card_layers: Sequence[int]) -> dict[str, int]:  # noqa: ANN401
@@ -31,8 +27,7 @@ def place(config: Any, card_layers: Sequence[int]) -> dict[str, int]:  # noqa: A
     Raises:
         ModelError: The model has other layers than its files.
     """
-    with torch.device("meta"):
-        model = hf.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = empty_model(config)
     path, layers = _layers(model)
     if len(layers) != sum(card_layers):
         raise ModelError(

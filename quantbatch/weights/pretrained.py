@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from quantbatch.errors import DoesNotFit, ModelError
 from quantbatch.model.headers import few
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # Most of what is called of it has no types, or wrong ones (5.23).
 hf: Any = transformers
 
+AUTO = "AutoModelForCausalLM"
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
@@ -38,7 +40,28 @@ def load_config(checkpoint: Checkpoint) -> Any:  # noqa: ANN401
         ModelError: transformers can't read it.
     """
     with _explained(checkpoint, "cpu"), quiet():
-        return hf.AutoConfig.from_pretrained(**_source(checkpoint), trust_remote_code=False)
+        config = hf.AutoConfig.from_pretrained(**_source(checkpoint), **trust(checkpoint))
+    config._commit_hash = checkpoint.commit or None
+    return config
+
+
+def trust(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the arguments that tell transformers whether code of a repository may run."""
+    if not checkpoint.trusted:
+        return {"trust_remote_code": False}  # None would ask on stdin
+    return {"trust_remote_code": True, "code_revision": checkpoint.commit}
+
+
+def empty_model(config: Any) -> Any:  # noqa: ANN401
+    """Build a model without weights, to look at its modules.
+
+    Args:
+        config: What `load_config` returned. If it is of a class of the repository, that is trusted.
+    """
+    trusted = type(config).__module__.startswith("transformers_modules.")
+    arguments = {"code_revision": config._commit_hash} if trusted else {}
+    with torch.device("meta"):
+        return hf.AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **arguments)
 
 
 def load_pretrained(
@@ -77,9 +100,9 @@ def load_pretrained(
             config=config,
             dtype=getattr(torch, dtype),
             device_map=dict(device_map or {"": device}),
-            attn_implementation=_attention(config),
+            attn_implementation=_attention(checkpoint, config),
             use_safetensors=True,
-            trust_remote_code=False,  # None would ask on stdin
+            **trust(checkpoint),
             output_loading_info=True,
             # Mismatches are refused below, with their names.
             ignore_mismatched_sizes=True,
@@ -107,21 +130,28 @@ def _explained(checkpoint: Checkpoint, device: str) -> Iterator[None]:
 
 
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:
+    file = {"gguf_file": checkpoint.gguf} if checkpoint.gguf else {}
     if not checkpoint.commit:
-        return _folder(checkpoint.folder)
-    return {"pretrained_model_name_or_path": checkpoint.id, "revision": checkpoint.commit}
+        return _folder(checkpoint.folder) | file
+    return {"pretrained_model_name_or_path": checkpoint.id, "revision": checkpoint.commit} | file
 
 
 def _folder(folder: Path) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
 
 
-def _attention(config: Any) -> str:  # noqa: ANN401
+def _attention(checkpoint: Checkpoint, config: Any) -> str:  # noqa: ANN401
     """Return the attention function: SDPA, or the plain one for the models that lack it (Gemma 2).
 
     Left open, it could be named by config.json, and be code to download from the hub.
     """
-    model_class = hf.AutoModelForCausalLM._model_mapping[type(config)]
+    model_class: Any
+    if checkpoint.trusted and (place := (getattr(config, "auto_map", None) or {}).get(AUTO)):
+        model_class = get_class_from_dynamic_module(
+            place, checkpoint.id, revision=checkpoint.commit, code_revision=checkpoint.commit
+        )
+    else:
+        model_class = hf.AutoModelForCausalLM._model_mapping[type(config)]
     return "sdpa" if model_class._supports_sdpa else "eager"
 
 

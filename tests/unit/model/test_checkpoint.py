@@ -23,6 +23,7 @@ from quantbatch.model import formats
 from quantbatch.model.checkpoint import SAMPLE_BYTES, Checkpoint, open_checkpoint
 from quantbatch.model.headers import SINGLE_FILE, TensorInfo
 from quantbatch.spec import FourBit, Int8, Model, Unquantized
+from tests.unit.model.ggufs import LLAMA, TENSORS, gguf_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -234,15 +235,15 @@ def test_a_misspelt_path_gets_a_suggestion(tmp_path: Path) -> None:
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"")
-    assert "is a file" in refusal(tmp_path / "model.gguf")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "is a file" in refusal(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(
     ("file", "words"),
     [
         ("adapter_config.json", "merge it into its base model"),
-        ("model.Q4_K_M.gguf", "GGUF"),
+        ("model.Q4_K_M.gguf", "name the GGUF file as model.file"),
         ("notes.txt", "save_pretrained"),
     ],
 )
@@ -610,6 +611,31 @@ def test_a_repository_of_pickles_is_refused(hub: FakeHub) -> None:
     (write_model(hub.folder) / SINGLE_FILE).rename(hub.folder / "pytorch_model.bin")
     assert "pickles only (pytorch_model.bin)" in refusal("org/model")
     assert "pytorch_model.bin" not in hub.served
+
+
+def test_of_a_gguf_file_the_beginning_is_read(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import quantbatch.model.hub
+
+    words = ["<end>", *(f"word {i}" for i in range(4000))]
+    values = LLAMA | {"tokenizer.ggml.tokens": words}
+    content = gguf_bytes(values, TENSORS)
+    (hub.folder / "model.gguf").write_bytes(content)
+    monkeypatch.setattr(quantbatch.model.hub, "FIRST_GGUF_BYTES", 2048)
+    monkeypatch.setattr(formats, "_installed", lambda: {"gguf": "0.19.0"})
+    model = Model(id="org/model", file="model.gguf", allow_dequantize=True)
+    checkpoint = open_checkpoint(model)
+    assert hub.served == ["model.gguf"] * 4, "2, 8, 32 and 128 KiB"
+    assert checkpoint.commit == checkpoint.digest == COMMIT
+    assert (checkpoint.quantized, checkpoint.expanded) == ("gguf", True)
+    assert checkpoint.config["vocab_size"] == len(words)
+    missing = Model(id="org/model", file="other.gguf")
+    with pytest.raises(ModelError, match=r"other\.gguf"):
+        open_checkpoint(missing)
+    (hub.folder / "model.gguf").write_bytes(content[:9000])
+    with pytest.raises(ModelError, match="damaged header, or is cut short"):
+        open_checkpoint(model)
 
 
 # ---- the import law

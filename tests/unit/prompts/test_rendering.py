@@ -562,7 +562,7 @@ def broken(source: Path, folder: Path, **files: str | None) -> Path:
                 "tokenizer_config": '{"auto_map": {"AutoTokenizer": [null, "evil.Tokenizer"]}}',
             },
             "the tokenizer can't be loaded",
-            "code from its own folder, which quantbatch never runs",
+            "code from its own folder: see model.trust_remote_code",
         ),
     ],
 )
