@@ -54,7 +54,7 @@ def pack(
     """Quantize each linear layer of a model by a function that adds to what it is given."""
     packed = Packed({}, section, {})
     for name, tensor in load_file(original / "model.safetensors").items():
-        if name.endswith("proj.weight"):
+        if name.endswith(("proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")):
             one(name.removesuffix(".weight"), tensor.float(), packed)
         else:
             packed.tensors[name] = tensor

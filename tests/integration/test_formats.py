@@ -56,6 +56,12 @@ AS_IS: dict[str, Callable[[Path], packed.Packed]] = {
 }
 
 
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+}
+
+
 @pytest.fixture(scope="session")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("original"))
@@ -140,6 +146,19 @@ def test_bits_16_is_what_an_expanded_checkpoint_has(folders: Path) -> None:
     assert found.model.lm_head.weight.dtype == torch.bfloat16
     message = refusal(folders / "fp8", bits=4, allow_dequantize=True)
     assert "is quantized already (fp8), but the job asks for 4 bits" in message
+
+
+@pytest.mark.parametrize("name", ["fp8", "compressed-tensors W4A16", "compressed-tensors FP8"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_experts_are_expanded_too(tmp_path: Path, model_type: str, name: str) -> None:
+    make_model(tmp_path / "moe", model_type, **MIXTURES[model_type])
+    write_packed(tmp_path / "moe", tmp_path / name, EXPANDED[name](tmp_path / "moe"))
+    asked = {"allow_dequantize": True, "dtype": "float32"}
+    found = loaded(tmp_path / name, **asked)
+    exact = loaded(dense_twin(tmp_path / name), dtype="float32")
+    error = (logits(found.model) - logits(exact.model)).norm() / logits(exact.model).norm()
+    assert error < 2e-3  # compressed-tensors multiplies experts in float32, other layers in 16 bits
+    assert found.weight_bytes == planned(tmp_path / name, **asked) == exact.weight_bytes
 
 
 # ---- as it is

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import bitsandbytes
 import pytest
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from quantbatch.errors import DoesNotFit, ModelError
 from quantbatch.model.checkpoint import open_checkpoint
-from quantbatch.model.footprint import kv_shape, weigh
+from quantbatch.model.footprint import Part, kv_shape, weigh
 from quantbatch.model.memory import Work, plan_memory
 from quantbatch.spec import FourBit, Int8, Model, Unquantized
 from quantbatch.weights import bnb, loading
@@ -180,6 +180,62 @@ def test_every_option_reaches_the_layers(untied: Path) -> None:
     eight: Any = dict(found.model.named_modules())["model.layers.0.mlp.up_proj"]
     assert isinstance(eight, bitsandbytes.nn.Linear8bitLt)
     assert (eight.state.threshold, eight.state.has_fp16_weights) == (0.0, False)
+
+
+STORAGE: list[Literal["bfloat16", "float16", "float32"]] = ["bfloat16", "float16", "float32"]
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_type_that_codes_are_packed_into_changes_nothing(
+    untied: Path, kind: Literal["nf4", "fp4"], storage: Literal["bfloat16", "float16", "float32"]
+) -> None:
+    plain = loaded(untied, quantization=FourBit(kind=kind))
+    packed = loaded(untied, quantization=FourBit(kind=kind, storage_dtype=storage))
+    layer: Any = dict(packed.model.named_modules())["model.layers.0.mlp.up_proj"]
+    assert layer.weight.dtype == getattr(torch, storage)
+    assert packed.weight_bytes == plain.weight_bytes
+    assert torch.equal(logits(packed.model), logits(plain.model))
+    assert bnb.parameter_bytes(packed.model) == plain.weight_bytes
+
+
+def test_int8_without_a_threshold_is_the_same_in_any_company(untied: Path) -> None:
+    """With one, outliers are chosen over the whole batch."""
+    found = loaded(untied, quantization=Int8(threshold=0.0), dtype="float32").model
+    random = torch.Generator().manual_seed(1)
+    prompts = torch.randint(3, 300, (8, 24), generator=random)
+    with torch.inference_mode():
+        together, alone = found(prompts).logits[:1], found(prompts[:1]).logits
+    assert torch.equal(together, alone)
+
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_the_experts_of_a_mixture_keep_their_16_bits(
+    tmp_path: Path, model_type: str, bits: Literal[4, 8]
+) -> None:
+    make_model(tmp_path, model_type, **MIXTURES[model_type])
+    checkpoint = open_checkpoint(Model(id=str(tmp_path)))
+    weights = weigh(checkpoint, Model(id=str(tmp_path), bits=bits, dtype="float32"))
+    found = loaded(tmp_path, bits=bits, dtype="float32")
+    experts = {n: p for n, p in found.model.named_parameters() if ".experts." in n}
+    assert sum(p.numel() for p in experts.values()) == weights.params[Part.EXPERT] > 0
+    assert sum(p.numel() * 4 for p in experts.values()) == weights.bytes[Part.EXPERT]
+    assert weights.params[Part.EXPERT] > 0.3 * weights.total_params
+    quantized = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    attention = [m for n, m in found.model.named_modules() if n.endswith(("q_proj", "o_proj"))]
+    assert all(isinstance(module, quantized) for module in attention)
+    routers = [p for n, p in found.model.named_parameters() if n.endswith("gate.weight")]
+    assert routers
+    assert all(p.dtype == torch.float32 for p in routers), "a rounded router picks other experts"
+    exact, error = logits(loaded(tmp_path, bits=32).model), logits(found.model)
+    assert (error - exact).norm() / exact.norm() < 0.2
 
 
 def test_a_checkpoint_saved_quantized_loads_to_the_same_numbers(
