@@ -45,6 +45,7 @@ ROWS_IN_FLIGHT = 1024
 """Rows that a replica should have: four times the largest batch, so that it never runs dry while
 a chunk travels."""
 MOST_CHUNKS_IN_FLIGHT = 16
+_CARD, _CARD_LABEL = "accelerator_type:", "ray.io/accelerator-type"
 READER_CPUS = 0.5
 LIGHT_TASK_CPUS = 1.0
 """CPU cores that readers need beside replicas on CPUs; at least one reader must have room."""
@@ -56,6 +57,9 @@ class Session:
 
     device: str
     """What replicas work on: `cuda` or `cpu`."""
+    cards: tuple[str, ...] = ()
+    """Ray's names of the cards that replicas may get, such as `A10G`; those of nodes whose card Ray
+    does not name are missing."""
     stopped_by: str = ""
     """Name of the signal that ended the run."""
 
@@ -85,7 +89,8 @@ def connected(cluster: Cluster) -> Iterator[Session]:
     if ours:
         _init(cluster)
     try:
-        session = Session(_device(cluster))
+        device = _device(cluster)
+        session = Session(device, _cards() if device == "cuda" else ())
         with _settings(), _stopped_by_sigterm(session):
             yield session
     finally:
@@ -183,6 +188,21 @@ def _device(cluster: Cluster) -> str:
             "lower cluster.replicas or cluster.cpus_per_replica",
         )
     return "cpu"
+
+
+def _cards() -> tuple[str, ...]:
+    """Return the names of the cluster's cards: Ray finds them out on each node (resources and
+    labels), or is told them.
+    """
+    found: set[str] = set()
+    for node in ray.nodes():
+        resources: dict[str, float] = node.get("Resources", {})
+        if not node.get("Alive") or not resources.get("GPU"):
+            continue
+        labels: dict[str, str] = node.get("Labels") or {}
+        found |= {name[len(_CARD) :] for name in resources if name.startswith(_CARD)}
+        found |= {labels[_CARD_LABEL]} if _CARD_LABEL in labels else set()
+    return tuple(sorted(found))
 
 
 def reader_options(spec: JobSpec, device: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import ray.data
 from quantbatch import cluster, stages
 from quantbatch.errors import Stopped, StorageError, in_the_end
 from quantbatch.ledger import publish_shard
-from quantbatch.preflight import Job, prepare
+from quantbatch.preflight import Job, prepare, require_fit
 from quantbatch.progress import Silent
 from quantbatch.replica import Replica
 from quantbatch.report import Outcome, RunFigures, RunReport
@@ -86,6 +86,7 @@ def _receipts(job: Job, figures: RunFigures, progress: Progress) -> Generator[Re
         return
     with cluster.connected(job.spec.cluster) as session:
         figures.cluster_s = figures.elapsed_s
+        require_fit(job, session.cards)
         progress.started(session.device)
         dataset = _dataset(job, items, session.device)
         with cluster.explained(job.spec):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from quantbatch import rows, sizing, storage
-from quantbatch.errors import InputError, JobError, Refused, SpecError
+from quantbatch.errors import DoesNotFit, InputError, JobError, Refused, SpecError
 from quantbatch.input import keys, listing
 from quantbatch.ledger import Ledger
 from quantbatch.lengths import sample_lengths
@@ -22,9 +22,8 @@ from quantbatch.replica import ReplicaJob
 from quantbatch.stages import ReadJob
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-    from quantbatch.errors import DoesNotFit
     from quantbatch.input.listing import InputFile, Listing
     from quantbatch.ledger import OutputFormat
     from quantbatch.lengths import Lengths
@@ -147,6 +146,31 @@ def examine(spec: JobSpec, *, extend: bool = False) -> Job:
         missing=bool(unreadable),
         unreadable=unreadable,
     )
+
+
+def require_fit(job: Job, card_names: Iterable[str]) -> None:
+    """Refuse a job whose model can't run on a cluster's cards, before one of them is asked for.
+
+    Of several kinds of cards, the smallest counts: a replica may get it. A job that was planned for
+    a certain card is not judged again.
+
+    Args:
+        job: The job.
+        card_names: Ray's names of the cluster's cards.
+
+    Raises:
+        DoesNotFit: The model needs more than the smallest card has.
+        ModelError: That card, or this installation, can't load the checkpoint as it is.
+    """
+    card = sizing.smallest(card_names)
+    if job.card is not None or card is None:
+        return
+    checkpoint = job.checkpoint
+    if checkpoint.quantized is not None:
+        checkpoint = open_checkpoint(job.spec.model, card.capability)
+    misfit = sizing.fit(job.spec, checkpoint, job.max_input_tokens, card).misfit
+    if misfit:
+        raise DoesNotFit(f"on {card.name}, a card of the cluster: {misfit.problem}", misfit.hint)
 
 
 class FirstLook(NamedTuple):

@@ -15,6 +15,8 @@ from quantbatch.model.widths import useful_bits
 from quantbatch.spec import Model
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from quantbatch.model.cards import Card
     from quantbatch.model.checkpoint import Checkpoint
     from quantbatch.model.memory import MemoryPlan
@@ -37,6 +39,12 @@ def card_of(spec: JobSpec) -> Card | None:
     if cluster.address or os.environ.get("RAY_ADDRESS"):
         return None
     return min(thiscard.local_cards(), key=lambda card: card.memory_gib, default=None)
+
+
+def smallest(names: Iterable[str]) -> Card | None:
+    """Return the smallest of some cards by Ray's names; None if none of them is known."""
+    found = [card for name in names if (card := cards.find_or_none(name)) is not None]
+    return min(found, key=lambda card: card.memory_gib, default=None)
 
 
 def share_bytes(cluster: Cluster, card: Card) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from quantbatch.cluster import chunks_in_flight
+from quantbatch import sizing
+from quantbatch.cluster import _cards, chunks_in_flight
 from quantbatch.spec import Cluster
 
 
@@ -28,3 +31,30 @@ def test_enough_chunks_for_a_full_batch_and_few_enough_to_share_the_end(
 
 def test_a_number_of_chunks_is_obeyed() -> None:
     assert chunks_in_flight(Cluster(chunks_in_flight=7), chunks=1, rows=1) == 7
+
+
+def node(*, alive: bool = True, gpus: int = 1, label: str = "", **cards: int) -> dict[str, Any]:
+    resources = {"CPU": 4.0} | ({"GPU": float(gpus)} if gpus else {})
+    resources |= {f"accelerator_type:{name}": 1.0 for name in cards}
+    labels = {"ray.io/accelerator-type": label} if label else {}
+    return {"Alive": alive, "Resources": resources, "Labels": labels}
+
+
+def test_the_cards_of_a_cluster_are_those_of_its_live_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes = [
+        node(A10G=1),
+        node(A10G=1, label="A10G"),
+        node(label="L40S"),
+        node(alive=False, T4=1),
+        node(gpus=0, V100=1),  # a head that names a card without having one
+        {"Alive": True, "Resources": {"GPU": 1.0}},
+    ]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    assert _cards() == ("A10G", "L40S")
+    smallest = sizing.smallest(_cards())
+    assert smallest is not None
+    assert smallest.name == "A10G"
+    assert sizing.smallest(["AMD-Instinct-MI300X-OAM"]) is None
+    assert sizing.smallest(["A100", "A100-80G"]) == sizing.smallest(["A100-40G"])

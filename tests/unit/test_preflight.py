@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from quantbatch.errors import InputError, JobError, Refused, StorageError
-from quantbatch.preflight import prepare
+from quantbatch.errors import DoesNotFit, InputError, JobError, Refused, StorageError
+from quantbatch.preflight import prepare, require_fit
 from quantbatch.spec import JobSpec
 
 MODEL = Path(__file__).parents[2] / "configs" / "quickstart" / "model"
@@ -185,3 +185,19 @@ def test_a_cache_nowhere_is_refused_at_once(folder: Path) -> None:
     model = {"id": str(MODEL), "bits": 4, "cache": "gopher://x/y"}
     with pytest.raises(StorageError, match="no store is known for gopher"):
         prepare(make_spec(folder, model=model))
+
+
+# ---- the cluster's own cards
+
+
+def test_a_job_planned_for_a_card_is_not_judged_by_the_cluster_again(folder: Path) -> None:
+    static = {"engine": {"kind": "static", "batch_size": 1_000_000}}
+    job = prepare(make_spec(folder, **static))
+    assert job.card is None
+    with pytest.raises(DoesNotFit, match="on T4, a card of the cluster") as caught:
+        require_fit(job, ["L40S", "T4"])
+    assert "engine.batch_size" in caught.value.hint
+    require_fit(job, [])
+    require_fit(job, ["AMD-Instinct-MI100"])
+    named = {"cluster": {"card": "T4"}, "engine": {"kind": "static"}}
+    require_fit(prepare(make_spec(folder, **named)), ["T4"])
