@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
-from pathlib import Path
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
-import ray
 
-from quantbatch import cluster, pipeline
-from quantbatch.errors import DoesNotFit
-from quantbatch.spec import Cluster, JobSpec
+from quantbatch.spec import JobSpec
 from tests.integration.support import MODEL
 from tests.unit.model.test_known_sizes import KNOWN, checkpoint_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
 
-CARDS = {"accelerator_type:L4": 1, "accelerator_type:A100": 1}
-"""A node has one kind of card in truth; two stand for a cluster with two kinds."""
+SCRIPT = """
+import json, sys
+import ray
+from quantbatch import cluster, pipeline
+from quantbatch.errors import DoesNotFit
+from quantbatch.model import thiscard
+from quantbatch.spec import Cluster, JobSpec
 
-
-@pytest.fixture
-def cards_of_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A Ray on this machine that believes in its cards; the machine itself has none."""
-    monkeypatch.setattr("quantbatch.model.thiscard.local_cards", list)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    ray.init(
-        num_cpus=2, num_gpus=1, resources=CARDS, include_dashboard=False,
-        logging_level="ERROR", log_to_driver=False,
-    )  # fmt: skip
-    try:
-        yield
-    finally:
-        ray.shutdown()
+thiscard.local_cards = list  # this machine has none
+# A node has one kind of card in truth; two stand for a cluster with two kinds.
+cards = {"accelerator_type:L4": 1, "accelerator_type:A100": 1}
+ray.init(num_cpus=2, num_gpus=1, resources=cards, include_dashboard=False, log_to_driver=False)
+with cluster.connected(Cluster()) as session:
+    found = {"cards": session.cards}
+try:
+    pipeline.run(JobSpec.model_validate_json(sys.argv[1]))
+except DoesNotFit as error:
+    found |= {"problem": error.problem, "hint": error.hint}
+print(json.dumps(found | {"free": ray.available_resources()["GPU"]}))
+"""
+"""A process of its own, because a Ray that is started in this one would disturb later tests'."""
 
 
 def hollow_model(folder: Path, name: str) -> Path:
@@ -78,16 +80,19 @@ def make_spec(folder: Path, model: Path, **changes: Any) -> JobSpec:
     return JobSpec.model_validate(fields | changes)
 
 
-def test_a_job_that_no_card_of_the_cluster_holds_is_refused(
-    tmp_path: Path, cards_of_ray: None
-) -> None:
-    del cards_of_ray
-    with cluster.connected(Cluster()) as session:
-        assert session.cards == ("A100", "L4")
+def test_a_job_that_no_card_of_the_cluster_holds_is_refused(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, hollow_model(tmp_path / "model", "Mistral Small 24B"))
-    with pytest.raises(DoesNotFit, match=r"on L4, a card of the cluster: .* at 16 bits") as caught:
-        pipeline.run(spec)
-    assert caught.value.hint.startswith("model.bits 4 fits")
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    env |= {"RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, "-c", SCRIPT, spec.model_dump_json()]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=120, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["cards"] == ["A100", "L4"]
+    assert found["problem"].startswith(f"on L4, a card of the cluster: {spec.model.id} at 16 bits")
+    assert found["hint"].startswith("model.bits 4 fits")
     # Nobody waited for a card, and nothing was answered.
-    assert ray.available_resources()["GPU"] == 1
+    assert found["free"] == 1
     assert not list((tmp_path / "out").glob("*.parquet"))
