@@ -16,7 +16,6 @@ from quantbatch.compare.candidates import Candidate, candidates_of, name_of, pla
 from quantbatch.compare.rows import spread_rows
 from quantbatch.errors import DoesNotFit, JobError, ModelError, SpecError
 from quantbatch.model.checkpoint import open_checkpoint
-from quantbatch.model.memory import Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -191,7 +190,7 @@ def _field(prepared: Prepared, device: str, folder: str) -> Field:
 
     spec = prepared.spec
     limit = prepared.max_tokens - spec.sampling.max_new_tokens
-    work = Work.of(spec, prepared.checkpoint, max_input_tokens=limit, device=device)
+    work = sizing.work_of(spec, prepared.checkpoint, limit)
     named = sizing.card_of(spec)
     rooms = [
         peak.device_bytes(device, spec.cluster.gpus_per_replica),
