@@ -542,6 +542,20 @@ def score_bytes(config: Mapping[str, Any], rows: int, tokens: int, item_bytes: i
     return rows * _heads(config) * tokens * tokens * (3 * item_bytes + 4)
 
 
+def expanded_latent_bytes(
+    config: Mapping[str, Any], rows: int, tokens: int, item_bytes: int
+) -> int:
+    """Return keys and values of one layer with multi-head latent attention: they are expanded from
+    the cached latent at each step, for all tokens (`expand_kv` of DeepSeek V3 in transformers 5.23:
+    one tensor of both, and the keys once more with their rotary part).
+    """
+    if not config.get("kv_lora_rank"):
+        return 0
+    nope, rope = int(config["qk_nope_head_dim"]), int(config["qk_rope_head_dim"])
+    numbers = 2 * nope + rope + int(config["v_head_dim"])
+    return rows * tokens * _heads(config) * numbers * item_bytes
+
+
 def packed_score_bytes(config: Mapping[str, Any], tokens: int, item_bytes: int) -> int:
     """Return the attention scores of one row's piece of a prompt in the continuous engine."""
     if config.get("model_type") not in EAGER_MODELS:

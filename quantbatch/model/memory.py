@@ -341,6 +341,7 @@ class Load:
             + footprint.score_bytes(config, rows, self.work.prompt_tokens, item_bytes)
             + footprint.logit_bytes(config, rows)
             + footprint.cache_growth_bytes(self.shape, rows, self.work.max_tokens)
+            + footprint.expanded_latent_bytes(config, rows, self.work.max_tokens, item_bytes)
         )
 
     def _packed_workspace_bytes(self, rows: int) -> int:
@@ -361,12 +362,15 @@ class Load:
         )
 
     def _recorded_bytes(self, rows: int) -> int:
-        """What recorded steps keep for themselves on a card: scores, and a forward's workspace."""
+        """What recorded steps keep for themselves on a card: scores, a forward's workspace, and a
+        block of the pool that padding is written to.
+        """
         if self.device_bytes is None:
             return 0
         config, item_bytes = self.checkpoint.text_config, self._item_bytes
         return (
-            footprint.scores_kept_bytes(config, rows, item_bytes)
+            BLOCK_TOKENS * self.shape.bytes_per_token
+            + footprint.scores_kept_bytes(config, rows, item_bytes)
             + footprint.dequantized_bytes(self.weights, self._quantization, rows)
             + footprint.activation_bytes(config, rows, item_bytes)
         )
