@@ -29,6 +29,7 @@ from quantbatch.errors import JobError, Refused, SpecError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from quantbatch.errors import DoesNotFit
     from quantbatch.model.cards import Card
     from quantbatch.sample import Sampled
     from quantbatch.spec import JobSpec, Storage
@@ -203,38 +204,81 @@ def run(
 
 
 @app.command()
-def plan(
-    spec: SpecPath,
+def plan(  # noqa: PLR0913 - an argument for each option
+    spec: Annotated[
+        Path | None, typer.Argument(metavar="[SPEC]", help="The job's YAML file.")
+    ] = None,
     card: OnCard = None,
+    model: Annotated[
+        str | None, typer.Option(help="Plan this model without a job: a folder or a repository.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Length of a prompt, with --model.")
+    ] = 500,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Length of an answer, with --model.")
+    ] = 200,
     overrides: Overrides = None,
     extend: Extend = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a run would do, and whether the model fits the card. Writes nothing."""
     with _outcome(as_json):
-        job = _load(spec, [*(overrides or ()), *_card_fields(card)])
-        from quantbatch.documents import describe_plan
-        from quantbatch.forecast import look_ahead
-        from quantbatch.preflight import examine
+        if (spec is None) == (model is None):
+            problem = "plan takes the path of a SPEC, or --model"
+            raise SpecError(JobError(problem, "quantbatch plan job.yaml --card L4"))
+        if spec is not None:
+            _plan_job(_load(spec, [*(overrides or ()), *_card_fields(card)]), extend, as_json)
+        else:
+            assert model is not None
+            _plan_model(model, _card(card or ""), prompt_tokens, max_new_tokens, as_json)
 
-        found = examine(job, extend=extend)
-        document = describe_plan(found, look_ahead(found))
-        if not as_json:
-            outcome = "does not fit" if found.misfit else console.OUTCOMES[document["outcome"]]
-            console.say(f"{job.name}: {outcome}", "bold")
-            console.say(console.plan_table(document))
-            _say_widths(document)
-        if found.misfit:
-            console.complain(found.misfit)
-            _leave(document | console.error_document(found.misfit), as_json)
-        if as_json:
-            console.say_document(document)
+
+def _plan_job(job: JobSpec, extend: bool, as_json: bool) -> None:
+    from quantbatch.documents import describe_plan
+    from quantbatch.forecast import look_ahead
+    from quantbatch.preflight import examine
+
+    found = examine(job, extend=extend)
+    document = describe_plan(found, look_ahead(found))
+    if not as_json:
+        outcome = "does not fit" if found.misfit else console.OUTCOMES[document["outcome"]]
+        console.say(f"{job.name}: {outcome}", "bold")
+        console.say(console.plan_table(document))
+        console.say("")
+        _say_widths(document)
+    _end_plan(document, found.misfit, as_json)
+
+
+def _plan_model(
+    name: str, card: Card | None, prompt_tokens: int, max_new_tokens: int, as_json: bool
+) -> None:
+    from quantbatch.documents import describe_model_plan
+    from quantbatch.forecast import look_at_model
+    from quantbatch.spec import Model
+
+    found = look_at_model(
+        Model(id=name), card, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens
+    )
+    document = describe_model_plan(found)
+    if not as_json:
+        console.say(name, "bold")
+        _say_widths(document)
+    _end_plan(document, found.misfit, as_json)
+
+
+def _end_plan(document: dict[str, Any], misfit: DoesNotFit | None, as_json: bool) -> None:
+    """Complain of a model that does not fit, after the table that shows what would."""
+    if misfit:
+        console.complain(misfit)
+        _leave(document | console.error_document(misfit), as_json)
+    if as_json:
+        console.say_document(document)
 
 
 def _say_widths(document: Mapping[str, Any]) -> None:
     """Print the table of widths, and what to know."""
     if document["widths"]:
-        console.say("")
         console.say(console.widths_head(document))
         console.say(console.widths_table(document))
     for sentence in document["advice"]:

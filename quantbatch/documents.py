@@ -22,7 +22,7 @@ from quantbatch.storage import open_store, redact
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from quantbatch.forecast import Forecast
+    from quantbatch.forecast import Forecast, ModelForecast
     from quantbatch.lengths import Lengths
     from quantbatch.model.cards import Card
     from quantbatch.model.widths import Width
@@ -158,6 +158,19 @@ def _fitting_first(widths: Sequence[Width]) -> list[Width]:
     if not any(width.chosen and width.verdict == "no" for width in widths):
         return list(widths)
     return sorted(widths, key=lambda width: ("fits", "tight", "no").index(width.verdict or "no"))
+
+
+def describe_model_plan(forecast: ModelForecast) -> dict[str, Any]:
+    """Return what to expect of a model on a card."""
+    return {
+        "outcome": "planned",
+        "exit_code": 0,
+        "model": describe_model(forecast.model),
+        "card": describe_card(forecast.card),
+        "widths": [describe_width(width) for width in _fitting_first(forecast.widths)],
+        "row_tokens": forecast.row_tokens,
+        "advice": forecast.advice,
+    }
 
 
 def describe_lengths(lengths: Lengths) -> dict[str, Any]:

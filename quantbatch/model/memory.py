@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 from quantbatch.engine.blocks import BLOCK_TOKENS, blocks_for
 from quantbatch.errors import DoesNotFit
 from quantbatch.model import footprint
+from quantbatch.model.cards import CARDS
 from quantbatch.model.checkpoint import stored_quantization
 from quantbatch.model.footprint import (
     ITEM_BYTES,
@@ -428,8 +429,22 @@ def _cheapest_help(load: Load, rows: int) -> str:
     for cards in (2, 4, 8):
         wider = replace(load, work=replace(load.work, cards=cards))
         if cards > load.work.cards and load.device_bytes and wider.plan(1).fits:
-            return f"cluster.gpus_per_replica {cards} fits: its layers are spread over the cards"
-    return "it takes a larger card or a smaller model"
+            spread_out = (
+                f"cluster.gpus_per_replica {cards} fits: its layers are spread over the cards"
+            )
+            return f"{spread_out}{_larger_card(load, '; so does ')}"
+    return f"it takes a larger card{_larger_card(load, ', such as ')}, or a smaller model"
+
+
+def _larger_card(load: Load, before: str) -> str:
+    """Name the smallest card that holds a model in the bits that were asked for; nothing if none
+    does.
+    """
+    for card in sorted(CARDS, key=lambda card: card.memory_gib):
+        alone = replace(load.work, cards=1)
+        if replace(load, work=alone, device_bytes=card.memory_bytes).plan(1).fits:
+            return f"{before}one {card.name} with {card.memory_gib:g} GiB"
+    return ""
 
 
 def _longest_fitting(load: Load) -> int:

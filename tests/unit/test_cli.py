@@ -24,7 +24,7 @@ from quantbatch.errors import InputError, JobError, Refused, Stopped
 from quantbatch.input.listing import list_input
 from quantbatch.input.sources import read_slice
 from quantbatch.ledger import commit_chunk, publish_shard
-from quantbatch.model.cards import find
+from quantbatch.model.cards import Card, find
 from quantbatch.preflight import Job, prepare
 from quantbatch.records import Completion, Counts, FinishReason, ReplicaStats, RequestId
 from quantbatch.report import Outcome, RunFigures, RunReport
@@ -240,6 +240,37 @@ def test_a_plan_that_does_not_fit_shows_what_would(folder: Path) -> None:
     assert found["outcome"] == "does_not_fit"
     assert found["widths"][0]["kind"] == "nf4"
     assert found["hint"].startswith("model.bits 4 fits")
+
+
+def test_plan_of_a_model_alone(folder: Path) -> None:
+    model = ("plan", "--model", str(MODEL))
+    result = call(*model, "--card", "L4", "--prompt-tokens", "300", "--max-new-tokens", "50")
+    assert result.exit_code == 0
+    assert "L4 22.03 GiB; KV cache 1 KiB a token; rows of 350 tokens" in result.stdout
+    assert "fits <- chosen" in next(
+        line for line in result.stdout.splitlines() if line.startswith("bf16")
+    )
+    found = document(call(*model, "--max-new-tokens", "12", "--json"))
+    assert (found["row_tokens"], found["card"]) == (512, None)
+    assert [width["verdict"] for width in found["widths"]] == [None] * 4
+    assert not any(width["chosen"] for width in found["widths"])
+    assert "more than the context" in call(*model, "--prompt-tokens", "600").stderr
+    assert "--card 'L5' is no card" in call(*model, "--card", "L5").stderr
+    for wrong in (("plan",), ("plan", "job.yaml", "--model", "x")):
+        assert "plan takes the path of a SPEC, or --model" in call(*wrong).stderr
+
+
+def test_plan_of_a_model_that_fits_in_no_width(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = [Card("Toy", 1, 0.25, (8, 6))]
+    monkeypatch.setattr("quantbatch.model.thiscard.local_cards", lambda: small)
+    result = call("plan", "--model", str(MODEL), "--prompt-tokens", "100", "--json")
+    assert result.exit_code == 3
+    found = document(result)
+    assert (found["outcome"], found["card"]["name"]) == ("does_not_fit", "Toy")
+    assert {width["verdict"] for width in found["widths"]} == {"no"}
+    assert "it takes a larger card, such as one RTX 3060" in found["hint"]
 
 
 # ---- model.bits: auto

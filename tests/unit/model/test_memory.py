@@ -482,7 +482,11 @@ def test_the_cheapest_help_comes_first() -> None:
     assert re.match(r"rows of [\d,]+ tokens fit", refusal(llama_8b(), max_tokens=10**6).hint)
     assert refusal(qwen_32b(), bits=8).hint.startswith("model.bits 4 fits: its weights take 17.90")
     assert refusal(llama_8b(), bits=32).hint.startswith("model.bits 16 fits")
-    assert refusal(qwen_30b_a3b()).hint.startswith("cluster.gpus_per_replica 4 fits")
+    moe = refusal(qwen_30b_a3b()).hint
+    assert moe.startswith("cluster.gpus_per_replica 4 fits")
+    assert moe.endswith("so does one A100 with 79.14 GiB")
+    one = refusal(qwen_30b_a3b(), device_bytes=5 * GIB).hint
+    assert one == "it takes a larger card, such as one A100 with 79.14 GiB, or a smaller model"
 
 
 def test_help_really_helps() -> None:
