@@ -14,6 +14,7 @@ import transformers
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from quantbatch.spec import FourBit, Int8
+from quantbatch.weights import pieces
 from quantbatch.weights.dtypes import fast_dtype
 from quantbatch.weights.pretrained import empty_model
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # Most of what is called of it has no types, or wrong ones (5.23).
 hf: Any = transformers
+
+pieces.register()
 
 
 def quantization_config(

@@ -19,6 +19,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from quantbatch.errors import DoesNotFit, ModelError
 from quantbatch.model.headers import few
 from quantbatch.weights.heap import lean_heap
+from quantbatch.weights.unmapped import unmapped_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -93,7 +94,9 @@ def load_pretrained(
     """
     assert arguments.get("quantization_config", arguments) is not None
     source = _source(checkpoint) if folder is None else _folder(folder)
-    with _explained(checkpoint, device), quiet(), lean_heap():
+    quantizing = "quantization_config" in arguments
+    reading = unmapped_files() if quantizing else contextlib.nullcontext()
+    with _explained(checkpoint, device), quiet(), lean_heap(), reading:
         loaded, report = hf.AutoModelForCausalLM.from_pretrained(
             **source,
             **arguments,
