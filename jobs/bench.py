@@ -6,10 +6,11 @@
     python jobs/bench.py engine      the engine against generate, pipeline, continuous batching
     python jobs/bench.py engine-job  a job through Ray against its engine alone; two replicas
     python jobs/bench.py peers       the engine against those of other packages, if installed
+    python jobs/bench.py gpu ...     a card: memory, speed, loading; its help lists the parts
 
 In the first three the engine is `echo`, which answers with the beginning of the prompt: everything
 else is real, the tokenizer of the quickstart's model included. The others are in `enginebench`.
-Each run is a process of its own.
+Each run is a process of its own. `gpu` is in `gpubench`, needs no Ray, and prints many documents.
 """
 
 from __future__ import annotations
@@ -25,33 +26,38 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from quantbatch.preflight import prepare
-from quantbatch.spec import JobSpec
-
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # `python jobs/bench.py` would find only what lies beside it
+
+from jobs.gpubench.commands import app as gpu_commands  # noqa: E402
+
+if TYPE_CHECKING:
+    from quantbatch.spec import JobSpec
+
 MODEL = ROOT / "configs" / "quickstart" / "model"
 COMMAND = str(Path(sys.executable).with_name("quantbatch"))
 TEXT = "the batch reads every row once and writes one answer for each of them"
 WORDS = tuple(TEXT.split())
 
 app = typer.Typer(add_completion=False, help=__doc__)
+app.add_typer(gpu_commands, name="gpu")
 Rows = Annotated[list[int], typer.Option(help="Rows of a job; give it several times for several.")]
 Cases = Annotated[list[str], typer.Option(help="WORKLOAD-BITS; give it several times for several.")]
 Only = Annotated[
     str, typer.Option(help="Parts of the names of the contenders to run, with | between them.")
 ]
 
-sys.path.append(str(ROOT))  # `python jobs/bench.py` would find only what lies beside it
-
 
 def job(folder: Path, **changes: Any) -> JobSpec:
     """Return the spec of a benchmark: echo over a folder of Parquet."""
+    from quantbatch.spec import JobSpec
+
     fields = {
         "name": "bench",
         "input": {"uri": str(folder / "in")},
@@ -174,6 +180,7 @@ def _until_first_commit(folder: Path) -> dict[str, Any]:
 def _pretend_half_done(spec: JobSpec) -> None:
     """Write the records of the first half of the shards, as if they were published."""
     from quantbatch.ledger import Published, shard_key
+    from quantbatch.preflight import prepare
     from quantbatch.records import Counts
 
     prepared = prepare(spec)

@@ -87,7 +87,7 @@ class OwnBudgets(StoppingCriteria):
     @override
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         if self._budgets is None:
-            self._budgets = torch.tensor(next(self._batches))
+            self._budgets = torch.tensor(next(self._batches), device=input_ids.device)
             self._prompt_tokens = input_ids.shape[1] - 1
         done = input_ids.shape[1] - self._prompt_tokens >= self._budgets
         if done.all():
@@ -169,7 +169,7 @@ class Generate:
     def _batch(self, group: Sequence[Row], rule: OwnBudgets) -> list[Tokens]:
         model, tokenizer = self.loaded
         prompts = [list(row.prompt_ids) for row in group]
-        inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+        inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
         found = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

@@ -14,6 +14,7 @@ beginnings are shared. The manager's loop is a thread; the one that waits for it
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,6 +90,7 @@ class Paged:
         rows: Most rows of a step.
         flash: Whether to attend by `attend_by_row`; else by SDPA with a mask.
         share: Whether beginnings that rows have in common are computed once.
+        patience_s: After so many seconds it is given up.
     """
 
     loaded: Loaded
@@ -96,6 +98,7 @@ class Paged:
     flash: bool
     share: bool = False
     note: str = field(default="", kw_only=True)
+    patience_s: float = field(default=PATIENCE_S, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -103,12 +106,17 @@ class Paged:
         how = "flash-style" if self.flash else "SDPA"
         return f"continuous batching, {how}, {self.rows} rows{self.note}"
 
+    @property
+    def implementation(self) -> str:
+        """Under which transformers knows what attends."""
+        return FLASH if self.flash else "sdpa"
+
     @contextlib.contextmanager
     def ready(self) -> Iterator[Answer]:
         """See `Contender`."""
         install()
         model = self.loaded.model
-        with attention(model, FLASH if self.flash else "sdpa"):
+        with attention(model, self.implementation):
             manager = model.init_continuous_batching(
                 generation_config=hf.GenerationConfig(
                     max_new_tokens=MAX_BUDGET, do_sample=False, eos_token_id=-1
@@ -120,7 +128,7 @@ class Paged:
             try:
                 yield lambda rows: Answered(self._answer(manager, rows), {})
             finally:
-                manager.stop(block=True)
+                manager.stop(block=True, hard_stop=True)  # nothing is left, or it went wrong
                 manager.destroy()
 
     def _config(self) -> Any:
@@ -143,9 +151,15 @@ class Paged:
                 list(row.prompt_ids), str(i), max_new_tokens=row.budget, eos_token_id=-1
             )
         found: dict[int, Tokens] = {}
+        deadline = time.monotonic() + self.patience_s
         while len(found) < len(rows):
-            output = manager.get_result(timeout=PATIENCE_S)
-            assert output is not None, "continuous batching gave up"
+            output = manager.get_result(timeout=1.0)
+            if output is None:
+                assert manager.is_running(), "continuous batching gave up"
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{len(found)} of {len(rows)} rows in {self.patience_s:g} s")
+            if output is None:
+                continue
             assert output.error is None, output.error
             if output.is_finished():
                 found[int(output.request_id)] = tuple(output.generated_tokens)

@@ -147,19 +147,28 @@ def _continuous(
     options: ContinuousOptions,
     max_tokens: int,
 ) -> ContinuousEngine:
-    assert plan.step_tokens is not None
-    on_card = plan.device_bytes is not None
-    limits = EngineLimits(
-        rows=plan.batch_size,
-        kv_tokens=plan.kv_tokens,
-        step_tokens=plan.step_tokens,
-        refill_share=REFILL_SHARE if on_card else 0.0,
-        share_prefixes=options.share_prefixes,
-    )
-    if not on_card and options.batch_size == "auto":
+    limits = limits_of(plan, share_prefixes=options.share_prefixes)
+    if plan.device_bytes is None and options.batch_size == "auto":
         rows = _calibrated(model, tokenizer, limits)
         limits = replace(limits, rows=rows, kv_tokens=rows * max_tokens)
     return ContinuousEngine(model, tokenizer, limits)
+
+
+def limits_of(plan: MemoryPlan, *, share_prefixes: bool) -> EngineLimits:
+    """Return the limits of a continuous engine that keeps to a plan.
+
+    Args:
+        plan: A plan for this engine.
+        share_prefixes: Whether the common beginning of prompts is computed once.
+    """
+    assert plan.step_tokens is not None
+    return EngineLimits(
+        rows=plan.batch_size,
+        kv_tokens=plan.kv_tokens,
+        step_tokens=plan.step_tokens,
+        refill_share=0.0 if plan.device_bytes is None else REFILL_SHARE,
+        share_prefixes=share_prefixes,
+    )
 
 
 def _calibrated(

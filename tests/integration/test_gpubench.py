@@ -1,0 +1,65 @@
+"""The benchmark of a card, rehearsed on a CPU with tiny shapes, so that it does not rot."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from jobs.gpubench import shapes, speed
+from jobs.gpubench.record import Record
+from quantbatch.model.checkpoint import open_checkpoint
+from quantbatch.model.footprint import weigh
+from quantbatch.spec import Model
+from quantbatch.weights import loading
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(("shape", "count"), [("8b", 8_030_261_248), ("32b", 32_763_876_352)])
+def test_shapes_have_the_parameters_of_the_models(shape: str, count: int) -> None:
+    assert sum(each.numel for each in shapes.describe(shape).tensors) == count
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny-qwen"])
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A shape, and its weights in several files."""
+    folder = tmp_path_factory.mktemp(request.param)
+    shapes.write(folder, request.param, "cpu", shard_bytes=200_000)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return request.param, folder
+
+
+@pytest.mark.parametrize("kind", shapes.KINDS)
+def test_a_model_made_in_place_is_the_one_loaded_from_files(written: Any, kind: str) -> None:
+    shape, folder = written
+    spec = Model.model_validate({"id": str(folder), **shapes.KINDS[kind]})
+    found = loading.load(open_checkpoint(spec), spec, "cpu")
+    built = shapes.build(shape, kind, "cpu")
+    ids = torch.arange(600).view(2, 300)  # longer than the original context of its rotary embedding
+    with torch.inference_mode():
+        assert torch.equal(built.model(ids).logits, found.model(ids).logits)
+    planned = weigh(built.checkpoint, built.spec).total_bytes
+    assert built.weight_bytes == found.weight_bytes == planned
+
+
+def test_all_contenders_answer(tmp_path: Path) -> None:
+    record = Record("speed", "cpu", {"shape": "tiny"}, tmp_path)
+    speed.race(record, "tiny", "bf16", rows=4, contender_budget_s=60)
+    named = {each["contender"]: each for each in record.results if "contender" in each}
+    assert len(named) == 8
+    assert not [each for each in named.values() if "failed" in each]
+    assert all(each["rows_finished"] == 4 for each in named.values())
+    document = json.loads((tmp_path / "speed-tiny.json").read_text())
+    assert document["results"] == record.results
+
+
+def test_a_contender_without_time_is_measured_over_the_rows_it_finished(tmp_path: Path) -> None:
+    record = Record("speed", "cpu", {}, tmp_path)
+    speed.race(record, "tiny", "bf16", rows=40, contender_budget_s=0.0, only="pipeline")
+    *_, pipeline = record.results
+    assert pipeline["contender"] == "pipeline, batch 8"
+    assert pipeline["rows_finished"] == 32
