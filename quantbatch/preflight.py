@@ -15,7 +15,6 @@ from quantbatch.errors import DoesNotFit, InputError, JobError, Refused, SpecErr
 from quantbatch.input import keys, listing
 from quantbatch.ledger import Ledger
 from quantbatch.lengths import sample_lengths
-from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.plan import Plan, make_plan
 from quantbatch.prompts import rendering
 from quantbatch.replica import ReplicaJob
@@ -108,7 +107,7 @@ def examine(spec: JobSpec, *, extend: bool = False) -> Job:
     check_places(spec)
     spec = sizing.as_begun(spec)
     card = sizing.card_of(spec)
-    checkpoint = open_checkpoint(spec.model, card.capability if card else None)
+    checkpoint = sizing.open_model(spec, card)
     _check_tokens(spec, checkpoint)
     rendering.compile_templates(spec.prompt)
     rendering.require_chat_template(spec.prompt, checkpoint.chat_template)
@@ -167,7 +166,7 @@ def require_fit(job: Job, card_names: Iterable[str]) -> None:
         return
     checkpoint = job.checkpoint
     if checkpoint.quantized is not None:
-        checkpoint = open_checkpoint(job.spec.model, card.capability)
+        checkpoint = sizing.open_model(job.spec, card)
     misfit = sizing.fit(job.spec, checkpoint, job.max_input_tokens, card).misfit
     if misfit:
         raise DoesNotFit(f"on {card.name}, a card of the cluster: {misfit.problem}", misfit.hint)
@@ -191,7 +190,7 @@ def settled(spec: JobSpec) -> JobSpec:
     if spec.model.bits != "auto":
         return spec
     card = sizing.card_of(spec)
-    checkpoint = open_checkpoint(spec.model, card.capability if card else None)
+    checkpoint = sizing.open_model(spec, card)
     spec, _ = _with_bits(spec, checkpoint, card, input_limit(spec, checkpoint))
     return spec
 

@@ -28,7 +28,7 @@ from quantbatch.records import (
     unpack,
 )
 from quantbatch.runner import Runner
-from quantbatch.spec import ContinuousEngine, EchoEngine, StaticEngine
+from quantbatch.spec import ContinuousEngine, EchoEngine, LlamaCppEngine, StaticEngine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -96,6 +96,18 @@ def load_engine(job: ReplicaJob) -> LoadedEngine:
                 folder=job.driver_folder,
             )
             return LoadedEngine(found.engine, found.planned_bytes, found.peak_bytes, found.progress)
+        case LlamaCppEngine() as options:
+            # So is llama.cpp.
+            from quantbatch.engine import llama_loading
+
+            engine, plan, peak_bytes = llama_loading.load(
+                job.spec,
+                options,
+                device=job.device,
+                max_tokens=job.max_tokens,
+                folder=job.driver_folder,
+            )
+            return LoadedEngine(engine, plan.total, peak_bytes)
 
 
 def _echo(job: ReplicaJob, options: EchoEngine) -> LoadedEngine:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from quantbatch import preflight, rows, sizing
 from quantbatch.errors import InputError, SpecError
 from quantbatch.input import listing, sources
-from quantbatch.model.checkpoint import find_checkpoint, open_checkpoint
+from quantbatch.model.checkpoint import find_checkpoint
 from quantbatch.prompts.rendering import Renderer, check_prompt, row_seed
 from quantbatch.prompts.templates import missing_column
 from quantbatch.prompts.tokens import tokenizer_of
@@ -65,7 +65,7 @@ def check(spec: JobSpec, rows_wanted: int) -> tuple[Checkpoint, Head]:
     """
     preflight.check_places(spec)
     card = sizing.card_of(spec)
-    checkpoint = open_checkpoint(spec.model, card.capability if card else None)
+    checkpoint = sizing.open_model(spec, card)
     preflight.input_limit(spec, checkpoint)
     listed = listing.list_input(spec.input)
     head = first_rows(spec, listed, rows_wanted)

@@ -11,6 +11,8 @@ from quantbatch import storage
 from quantbatch.errors import DoesNotFit, JobError, SpecError
 from quantbatch.ledger import JOB
 from quantbatch.model import cards, memory, thiscard
+from quantbatch.model.checkpoint import open_checkpoint, open_packed_gguf
+from quantbatch.model.llama_memory import plan_llama_cpp
 from quantbatch.model.widths import useful_bits
 from quantbatch.spec import Model
 
@@ -47,6 +49,17 @@ def smallest(names: Iterable[str]) -> Card | None:
     return min(found, key=lambda card: card.memory_gib, default=None)
 
 
+def open_model(spec: JobSpec, card: Card | None) -> Checkpoint:
+    """Describe a job's model as its engine is to load it.
+
+    Raises:
+        ModelError: It is not there, or can't be loaded as the spec asks.
+    """
+    if spec.engine.kind == "llama_cpp":
+        return open_packed_gguf(spec.model)
+    return open_checkpoint(spec.model, card.capability if card else None)
+
+
 def share_bytes(cluster: Cluster, card: Card) -> int:
     """Return what a replica has of a card's memory."""
     return int(card.memory_bytes * min(cluster.gpus_per_replica, 1))
@@ -74,6 +87,9 @@ def fit(spec: JobSpec, checkpoint: Checkpoint, max_input_tokens: int, card: Card
     device_bytes = share_bytes(spec.cluster, card) if card else None
     work = work_of(spec, checkpoint, max_input_tokens)
     try:
+        if spec.engine.kind == "llama_cpp":
+            plan = plan_llama_cpp(checkpoint, spec.engine, work, device_bytes)
+            return Fitting(plan, None)
         return Fitting(memory.plan_memory(checkpoint, spec.model, work, device_bytes), None)
     except DoesNotFit as error:
         return Fitting(None, error)

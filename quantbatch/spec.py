@@ -351,6 +351,23 @@ class StaticEngine(ModelEngine):
     """Rows that run at once; `auto` is what the memory plan has room for."""
 
 
+class LlamaCppEngine(ModelEngine):
+    """llama.cpp, for a GGUF file in the bits that it has: nothing is expanded. It needs the extra
+    `quantbatch[llama-cpp]`, whose package is compiled as it is installed.
+    """
+
+    kind: Literal["llama_cpp"] = "llama_cpp"
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = Field(
+        "auto", json_schema_extra=TUNING
+    )
+    """Most rows that are decoded together; `auto` is 16, or as many as fit the card. Each has room
+    in the cache for the longest prompt and answer."""
+    step_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = Field(
+        "auto", json_schema_extra=TUNING
+    )
+    """Most tokens computed in one step, long prompts in pieces; `auto` is 512."""
+
+
 class EchoEngine(Section):
     """No model at all: answers each prompt with the beginning of its own tokens. For trying out
     everything around a model, and for measuring it.
@@ -369,7 +386,9 @@ class EchoEngine(Section):
     """Time that a step takes, in seconds: makes a rehearsal last as long as the real job."""
 
 
-Engine = Annotated[ContinuousEngine | StaticEngine | EchoEngine, Field(discriminator="kind")]
+Engine = Annotated[
+    ContinuousEngine | StaticEngine | LlamaCppEngine | EchoEngine, Field(discriminator="kind")
+]
 
 
 class ReplicaRange(Section):

@@ -122,9 +122,12 @@ def prepare(spec: JobSpec, choices: Choices) -> Prepared:
     Raises:
         JobError: The comparison can't run, with the reason and the remedy.
     """
-    if spec.engine.kind == "echo":
+    if spec.engine.kind in ("echo", "llama_cpp"):
         raise SpecError(
-            JobError("engine.kind is echo: there is no model to compare", "such as continuous")
+            JobError(
+                f"engine.kind is {spec.engine.kind}: it has no model whose bits could be compared",
+                "such as continuous",
+            )
         )
     samples = spec.sampling.temperature > 0
     greedy = spec.sampling.model_copy(update={"temperature": 0.0, "n": 1, "logprobs": None})

@@ -114,7 +114,8 @@ def open_checkpoint(model: Model, capability: Capability | None = None) -> Check
     """
     checkpoint = find_checkpoint(model)
     _refuse_foreign_code(checkpoint)
-    _refuse_other_tasks(checkpoint)
+    if checkpoint.gguf == "":
+        _refuse_other_tasks(checkpoint)
     if checkpoint.quantized is None:
         return checkpoint
     section = quant_section(checkpoint.config)
@@ -123,6 +124,29 @@ def open_checkpoint(model: Model, capability: Capability | None = None) -> Check
     _refuse_other_quantization(checkpoint, model)
     _refuse_format(checkpoint, model, found)
     _refuse_codes_without_scales(checkpoint)
+    return checkpoint
+
+
+def open_packed_gguf(model: Model) -> Checkpoint:
+    """Describe a GGUF file that the engine llama_cpp is to run as it is.
+
+    Raises:
+        ModelError: It is no such file, or the engine's package is not there.
+    """
+    checkpoint = find_checkpoint(model)
+    if not checkpoint.gguf:
+        raise ModelError(
+            f"engine.kind llama_cpp runs GGUF files, and {model.id} is none",
+            "give the path of a file as model.id, or its name as model.file",
+        )
+    if model.bits is not None or not isinstance(model.resolved().quantization, Unquantized):
+        raise ModelError(
+            f"engine.kind llama_cpp takes {checkpoint.gguf} in the bits that it has",
+            "leave out model.bits and model.quantization, or give a file with other bits",
+        )
+    found = formats.packed_gguf(Machine.this())
+    if found.how is How.REFUSED:
+        raise ModelError(f"engine.kind llama_cpp can't run here: {found.reason}", found.remedy)
     return checkpoint
 
 
@@ -184,7 +208,7 @@ def _open_gguf(model: Model, path: Path) -> Checkpoint:
 
 
 def _of_gguf(model: Model, folder: Path, name: str, header: GgufHeader) -> Checkpoint:
-    config = gguf.config_of(header, f"{model.id} ({name})")
+    config = gguf.config_of(header)
     template = header.metadata.get("tokenizer.chat_template")
     return Checkpoint(
         folder=folder,

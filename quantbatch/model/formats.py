@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from quantbatch.model.gguf import ARCHITECTURES
+from quantbatch.model.headers import few
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -41,6 +44,7 @@ BITSANDBYTES = {"bitsandbytes": "0.50"}
 GPTQ = {"gptqmodel": "7.0", "optimum": "2.3"}
 COMPRESSED = {"compressed-tensors": "0.15"}
 GGUF = {"gguf": "0.10"}
+LLAMA_CPP = {"llama-cpp-python": "0.3"}
 FP8 = {"kernels": "0.18.2"}
 MXFP4 = {"kernels": "0.18.2", "triton": "3.4"}
 """Packages with their least version, as transformers 5.23 asks for them."""
@@ -51,6 +55,7 @@ EXTRAS = {
     "optimum": "gptq",
     "compressed-tensors": "compressed-tensors",
     "gguf": "gguf",
+    "llama-cpp-python": "llama-cpp",
 }
 """The extra of quantbatch by which a package is installed."""
 
@@ -91,6 +96,7 @@ UNLOADABLE: dict[str, tuple[str, str]] = {
 """Bits of the formats that are refused everywhere, and why."""
 
 ORIGINAL = "give the original model: quantbatch quantizes it as it loads (model.bits 4 or 8)"
+RUN_PACKED = "engine: {kind: llama_cpp} runs it as it is; or give the original model"
 ALLOW = (
     "model.allow_dequantize: true loads it expanded; it then takes as much memory as the original"
 )
@@ -276,10 +282,23 @@ def _ct_groups(section: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _gguf(section: Mapping[str, Any], machine: Machine) -> Verdict:
+    """Judge what transformers would do with a GGUF file; see `model.gguf`."""
+    architecture, ignored = section.get("architecture"), section.get("ignored")
+    if architecture is not None and architecture not in ARCHITECTURES:
+        reason = f"GGUF of the architecture {architecture} is not tested with transformers"
+        return Verdict(How.REFUSED, f"{reason} (tested are {', '.join(ARCHITECTURES)})", RUN_PACKED)
+    if ignored:
+        reason = f"transformers ignores its {few(ignored)}, and would answer wrongly"
+        return Verdict(How.REFUSED, reason, RUN_PACKED)
     found = _with_packages(GGUF, machine)
     if found.how is How.REFUSED or GGUF_FLOATS.issuperset(section.get("types", [""])):
         return found
     return Verdict(How.EXPANDED, "transformers expands GGUF to 16 or 32 bits")
+
+
+def packed_gguf(machine: Machine) -> Verdict:
+    """Decide whether a machine runs GGUF files packed, by the engine llama_cpp."""
+    return _with_packages(LLAMA_CPP, machine)
 
 
 # ---- the table
@@ -321,11 +340,13 @@ def table(machine: Machine) -> Iterator[Row]:
         ("fp8", "8", "fp8", {}, _needs(FP8, FP8_CARD)),
         ("mxfp8", "8", "mxfp8", {}, "(never as it is)"),
         ("mxfp4", "4.25", "mxfp4", {}, _needs(MXFP4, MXFP4_CARD)),
-        ("gguf", "1.6-8.5", "gguf", {}, "engine: {kind: llama_cpp}"),
+        ("gguf", "1.6-8.5", "gguf", {}, "(never as it is)"),
     ]
     yield Row("safetensors, not quantized", "16, 32", How.AS_IS, "16 or 32 bits", "", "", "")
     for name, bits, method, section, needs in known:
         yield _row(name, bits, needs, judge(method, section, machine))
+    needs = _needs(LLAMA_CPP)
+    yield _row("gguf, engine llama_cpp", "1.6-8.5", needs, packed_gguf(machine))
     for method, (bits, _) in UNLOADABLE.items():
         yield _row(method, bits, "(never)", judge(method, {}, machine))
 

@@ -17,10 +17,10 @@ import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantbatch.errors import ModelError
-from quantbatch.model.headers import Header, TensorInfo, few
+from quantbatch.model.headers import Header, TensorInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 MAGIC = b"GGUF"
@@ -66,7 +66,7 @@ HARMLESS_KEYS = frozenset(
         *("rope.freq_base", "rope.scaling.finetuned", "rope.scaling.type", "rope.scaling.factor"),
     }
 )
-"""Further keys that transformers follows, or that `_refuse_ignored` looks at."""
+"""Further keys that transformers follows, or that `_ignored` looks at."""
 TENSOR_NAMES = {
     "token_embd": "model.embed_tokens",
     "output": "lm_head",
@@ -188,6 +188,12 @@ class _Reader:
         return _Described(name, kind, shape, self.scalar("Q"))
 
 
+def stored_bytes(tensors: Iterable[TensorInfo]) -> int:
+    """Return what the tensors of a file take as they are."""
+    sizes = {name: (elements, size) for name, elements, size in BLOCKS.values()}
+    return sum(t.numel // sizes[t.dtype][0] * sizes[t.dtype][1] for t in tensors)
+
+
 # ---- as transformers would have it
 
 
@@ -205,22 +211,15 @@ def _renamed(tensor: TensorInfo) -> TensorInfo:
     return tensor._replace(name=TENSOR_NAMES.get(name, name) + dot + rest)
 
 
-def config_of(header: GgufHeader, where: str) -> dict[str, Any]:
+def config_of(header: GgufHeader) -> dict[str, Any]:
     """Return what would be the config.json of a file, as far as plans need it.
 
-    Raises:
-        ModelError: It is of an architecture that is not tested, or would be computed wrongly.
+    Its section on quantization holds what decides whether transformers can load it.
     """
     metadata = header.metadata
     architecture = str(metadata.get("general.architecture"))
-    if architecture not in ARCHITECTURES:
-        raise ModelError(
-            f"{where}: GGUF of the architecture {architecture} is not tested with transformers",
-            f"tested are {', '.join(ARCHITECTURES)}; engine: {{kind: llama_cpp}} runs the others",
-        )
-    _refuse_ignored(header, where, architecture)
     found = {
-        ours: metadata[f"{architecture}.{theirs}"]
+        ours: _of_all_layers(metadata[f"{architecture}.{theirs}"])
         for theirs, ours in CONFIG_KEYS.items()
         if f"{architecture}.{theirs}" in metadata
     }
@@ -228,7 +227,7 @@ def config_of(header: GgufHeader, where: str) -> dict[str, Any]:
     floats = {tensor.dtype for tensor in header.tensors if len(tensor.shape) > 1}
     return found | {
         "model_type": architecture,
-        "architectures": [ARCHITECTURES[architecture]],
+        "architectures": [ARCHITECTURES.get(architecture, f"{architecture} (GGUF)")],
         "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in header.tensors),
         "dtype": {"F16": "float16", "F32": "float32"}.get("".join(floats), "bfloat16"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
@@ -236,13 +235,20 @@ def config_of(header: GgufHeader, where: str) -> dict[str, Any]:
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
         "quantization_config": {
             "quant_method": "gguf",
+            "architecture": architecture,
             "types": sorted({tensor.dtype for tensor in header.tensors}),
+            "ignored": _ignored(header, architecture),
         },
     }
 
 
-def _refuse_ignored(header: GgufHeader, where: str, architecture: str) -> None:
-    """Refuse what transformers would overlook."""
+def _of_all_layers(value: Any) -> Any:  # noqa: ANN401 - what the file holds
+    """Return the most of a value that is given for each layer."""
+    return max(value, default=0) if isinstance(value, list) else value
+
+
+def _ignored(header: GgufHeader, architecture: str) -> list[str]:
+    """Return what of a file transformers would overlook."""
     metadata, prefix = header.metadata, f"{architecture}."
     known = {prefix + key for key in (*CONFIG_KEYS, *HARMLESS_KEYS)}
     ignored = [key for key in metadata if key.startswith(prefix) and key not in known]
@@ -255,8 +261,4 @@ def _refuse_ignored(header: GgufHeader, where: str, architecture: str) -> None:
         ignored.append("split.count")
     if str(metadata.get("general.name")) == "mistral":
         ignored.append("general.name")  # by which transformers adds a window of 4,096 tokens
-    if ignored:
-        raise ModelError(
-            f"{where} has {few(ignored)}, which transformers ignores: it would answer wrongly",
-            "give the original model, or run the file with engine: {kind: llama_cpp}",
-        )
+    return ignored

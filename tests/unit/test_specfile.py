@@ -235,7 +235,7 @@ def test_a_mistake_is_named_with_its_line_and_a_remedy(
         ),
         (
             "engine: {kind: stattic}",
-            'engine.kind: "stattic": should be continuous, static or echo',
+            'engine.kind: "stattic": should be continuous, static, llama_cpp or echo',
             "did you mean static?",
         ),
         ("cluster: {replicas: {min: 3, max: 2}}", "cluster.replicas: min 3 is above max 2", ""),

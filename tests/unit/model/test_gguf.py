@@ -11,6 +11,7 @@ import pytest
 
 from quantbatch.errors import ModelError
 from quantbatch.model import gguf
+from quantbatch.model.formats import How, Machine, judge
 from quantbatch.model.gguf import as_header, config_of, parse, read_gguf
 from quantbatch.model.headers import TensorInfo
 from tests.unit.model.ggufs import LLAMA, TENSORS, gguf_bytes
@@ -24,7 +25,7 @@ def test_a_header_says_what_config_and_shards_say_elsewhere() -> None:
         TensorInfo("model.layers.0.attn_norm.weight", "F32", (64,)),
         TensorInfo("model.layers.0.ffn_up.weight", "Q4_0", (96, 64)),
     )
-    config = config_of(header, "x")
+    config = config_of(header)
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["tie_word_embeddings"]
     assert config["dtype"] == "bfloat16"
@@ -38,8 +39,8 @@ def test_a_header_says_what_config_and_shards_say_elsewhere() -> None:
 def test_the_type_is_that_of_the_matrices(kind: int, dtype: str) -> None:
     tensors = {name: (kind, shape) for name, (_, shape) in TENSORS.items()}
     header = parse(gguf_bytes(LLAMA, tensors), "x")
-    assert config_of(header, "x")["dtype"] == dtype
-    assert config_of(header, "x")["quantization_config"]["types"] == [gguf.BLOCKS[kind][0]]
+    assert config_of(header)["dtype"] == dtype
+    assert config_of(header)["quantization_config"]["types"] == [gguf.BLOCKS[kind][0]]
 
 
 def test_no_damage_is_anything_but_an_error(tmp_path: Path) -> None:
@@ -92,21 +93,40 @@ def test_a_vocabulary_of_150_000_words_is_read_in_half_a_second() -> None:
     ],
 )
 def test_what_transformers_would_overlook_is_refused(values: dict[str, Any]) -> None:
-    header = parse(gguf_bytes(LLAMA | values, TENSORS), "x")
-    with pytest.raises(ModelError, match=next(iter(values))):
-        config_of(header, "x")
+    section = section_of(LLAMA | values)
+    assert section["ignored"] == [next(iter(values))]
+    found = judge("gguf", section, Machine({"gguf": "0.19.0"}))
+    assert found.how is How.REFUSED
+    assert next(iter(values)) in found.reason
+    assert "engine: {kind: llama_cpp}" in found.remedy
 
 
 def test_rope_factors_as_a_tensor_are_refused() -> None:
     """Llama 3.1 has its scaling there, and transformers does not look (5.23)."""
     header = parse(gguf_bytes(LLAMA, TENSORS | {"rope_freqs.weight": (0, (8,))}), "x")
-    with pytest.raises(ModelError, match="rope_freqs"):
-        config_of(header, "x")
+    assert config_of(header)["quantization_config"]["ignored"] == ["rope_freqs.weight"]
+
+
+def test_other_architectures_are_for_llama_cpp() -> None:
+    section = section_of(LLAMA | {"general.architecture": "mamba"})
+    found = judge("gguf", section, Machine({"gguf": "0.19.0"}))
+    assert found.how is How.REFUSED
+    assert "architecture mamba is not tested" in found.reason
+
+
+def section_of(values: dict[str, Any]) -> dict[str, Any]:
+    section: dict[str, Any] = config_of(parse(gguf_bytes(values, TENSORS), "x"))[
+        "quantization_config"
+    ]
+    return section
 
 
 def test_what_means_no_scaling_is_let_in() -> None:
     values = {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 1.0, "split.count": 1}
-    assert config_of(parse(gguf_bytes(LLAMA | values, TENSORS), "x"), "x")
+    assert (
+        config_of(parse(gguf_bytes(LLAMA | values, TENSORS), "x"))["quantization_config"]["ignored"]
+        == []
+    )
 
 
 def test_sizes_of_blocks_are_those_of_gguf_py() -> None:
