@@ -1,8 +1,9 @@
 """The command line. Each command is a few lines: load the spec, call one function, show what it
 returns.
 
-`--help` and `plan` answer in under a second. So nothing here is imported before a command needs it,
-and Ray, torch and transformers only by `run` and `sample`, which need them anyway.
+`--help` answers at once, and `plan` in a second or two, most of which imports a tokenizer from
+transformers. So nothing here is imported before a command needs it, and Ray and torch only by
+commands that run a model.
 
 Results go to stdout; errors and progress to stderr. With `--json` the last line on stdout is one
 JSON document, whatever happens. Exit codes are those of `errors.py`, and 70 for a fault of

@@ -223,7 +223,7 @@ def plan_table(document: Mapping[str, Any]) -> Table:
         ("prompt", f"at most {prompt['max_input_tokens']:,} tokens, {prompt['beyond']}"),
         *_lengths(prompt, source["rows"]),
         ("answer", f"at most {prompt['max_new_tokens']:,} tokens"),
-        *_memory(memory, fits_not=bool(document["widths"])),
+        *_memory(memory, document["card"], fits_not=bool(document["widths"])),
         ("output", output["uri"]),
         ("columns", ", ".join(f"{c['name']} {c['type']}" for c in output["columns"])),
     ]
@@ -310,9 +310,16 @@ def widths_head(document: Mapping[str, Any]) -> str:
         kept = 1 - quantized / params
         parts[0] += f" ({quantized / 1e9:,.3f} B quantizable, {kept:.1%} stay as they are)"
     if card:
-        parts.append(f"{card['name'] or 'card'} {size(card['memory_bytes'])}")
+        parts.append(f"{_card(card)}: {size(card['memory_bytes'])}")
     parts += [_cache(widths[-1]), f"rows of {document['row_tokens']:,} tokens; sizes in GiB"]
     return "; ".join(parts)
+
+
+def _card(card: Mapping[str, Any]) -> str:
+    """Name the cards of a replica."""
+    if card["count"] == 1:
+        return card["name"] or "a card"
+    return f"{card['count']} x {card['name'] or 'a card'}"
 
 
 def _cache(width: Mapping[str, Any]) -> str:
@@ -326,7 +333,9 @@ def _cache(width: Mapping[str, Any]) -> str:
     return said
 
 
-def _memory(memory: Mapping[str, Any] | None, *, fits_not: bool) -> list[tuple[str, str]]:
+def _memory(
+    memory: Mapping[str, Any] | None, card: Mapping[str, Any] | None, *, fits_not: bool
+) -> list[tuple[str, str]]:
     if memory is None:
         return [("memory", "does not fit" if fits_not else "this engine loads no model")]
     parts = ("weights", "kv", "workspace", "overhead", "reserve")
@@ -334,8 +343,8 @@ def _memory(memory: Mapping[str, Any] | None, *, fits_not: bool) -> list[tuple[s
     per_token = f"{memory['kv_bytes_per_token'] / 1024:g} KiB a token"
     verdict = "no verdict, since cluster.card is not set: each replica asks its device"
     if memory["fits"]:
-        card = memory["card"] or "a replica's card"
-        verdict = f"fits the {size(memory['device_bytes'])} of {card}"
+        assert card is not None
+        verdict = f"fits the {size(memory['device_bytes'])} of {_card(card)}"
     at_once = f"at most {several(memory['batch_size'], 'row')} at once"
     if memory["step_tokens"]:
         at_once += f", {memory['step_tokens']:,} tokens a step"
@@ -344,6 +353,9 @@ def _memory(memory: Mapping[str, Any] | None, *, fits_not: bool) -> list[tuple[s
         ("", f"KV cache {per_token}, room for {memory['kv_tokens']:,} tokens; {at_once}"),
         ("", verdict),
     ]
+    if memory["card_layers"]:
+        layers = " + ".join(map(str, memory["card_layers"]))
+        lines.append(("", f"layers on each card: {layers}"))
     if memory["static_because"]:
         lines.append(("engine", f"static, which is slower: {memory['static_because']}"))
     return lines

@@ -61,7 +61,7 @@ def describe_plan(job: Job, forecast: Forecast) -> dict[str, Any]:
         },
         "model": describe_model(spec.model),
         "memory": _describe_memory(job) if job.memory else None,
-        "card": describe_card(job.card),
+        "card": describe_card(job.card, cards=max(1, int(spec.cluster.gpus_per_replica))),
         "prompt": {
             "max_input_tokens": job.max_input_tokens,
             "max_new_tokens": spec.sampling.max_new_tokens,
@@ -132,15 +132,17 @@ def _describe_memory(job: Job) -> dict[str, Any]:
         "static_because": unpackable(job.checkpoint.text_config, memory_tokens)
         if continuous
         else None,
-        "card": job.card.name if job.card else None,
+        "card_layers": list(memory.card_layers),
         "device_bytes": memory.device_bytes,
         "fits": None if memory.device_bytes is None else memory.fits,
     }
 
 
-def describe_card(card: Card | None) -> dict[str, Any] | None:
-    """Return what a card has for programs."""
-    return {"name": card.name, "memory_bytes": card.memory_bytes} if card else None
+def describe_card(card: Card | None, *, cards: int = 1) -> dict[str, Any] | None:
+    """Return what the cards of a replica have for programs, each."""
+    if card is None:
+        return None
+    return {"name": card.name, "memory_bytes": card.memory_bytes, "count": cards}
 
 
 def describe_width(width: Width) -> dict[str, Any]:

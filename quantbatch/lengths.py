@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from quantbatch.errors import InputError
+from quantbatch.errors import InputError, StorageError
 from quantbatch.input import listing, sources
 from quantbatch.prompts.rendering import Renderer
 from quantbatch.prompts.tokens import counting_tokenizer
@@ -151,7 +151,7 @@ def _samples(spec: JobSpec, plan: Plan, columns: Sequence[str]) -> Iterator[_Sam
     def read(pieces: list[Slice]) -> list[_Sample]:
         try:
             return list(_read(store, pieces, spec, wanted, each))
-        except InputError:
+        except (InputError, StorageError):
             return []
 
     with ThreadPoolExecutor(FILES_AT_ONCE, "sample") as pool:

@@ -36,7 +36,7 @@ def parse(text: str) -> list[Card]:
     """Read what nvidia-smi prints: a line for each card.
 
     What programs can have is the total less what the driver keeps (on an H100: 81,559 - 480 MiB,
-    and cudaMemGetInfo gives 81,078.9; measured).
+    and cudaMemGetInfo gives 81,078.9; on an H200: 143,771 - 616, and 143,155.9; measured).
     """
     return [card for row in csv.reader(text.splitlines()) if (card := _card(row)) is not None]
 

@@ -219,10 +219,21 @@ def test_plan_shows_every_width_and_what_to_know(folder: Path) -> None:
     assert chosen["rows"] == found["memory"]["batch_size"]
     shown = call("plan", "job.yaml", *card).stdout
     assert "fits <- chosen" in shown
-    assert "L4 22.03 GiB; KV cache 1 KiB a token" in shown
+    assert "L4: 22.03 GiB; KV cache 1 KiB a token" in shown
     assert all(f"note: {sentence}" in shown for sentence in found["advice"])
     assert any("4 bits save memory, not time" in sentence for sentence in found["advice"])
     assert document(call("plan", "job.yaml", "--json"))["widths"] == []  # no model at all
+
+
+def test_a_plan_over_several_cards_names_them(folder: Path) -> None:
+    two = ("--set", "engine.kind=static", "--set", "cluster.gpus_per_replica=2", "--card", "L4")
+    found = document(call("plan", "job.yaml", "--json", *two))
+    assert found["card"]["count"] == 2
+    assert found["memory"]["device_bytes"] == 2 * found["card"]["memory_bytes"]
+    shown = call("plan", "job.yaml", *two).stdout
+    assert "fits the 44.06 GiB of 2 x L4" in shown
+    layers = found["memory"]["card_layers"]
+    assert f"layers on each card: {layers[0]} + {layers[1]}" in shown
 
 
 def test_a_plan_that_does_not_fit_shows_what_would(folder: Path) -> None:
@@ -246,7 +257,7 @@ def test_plan_of_a_model_alone(folder: Path) -> None:
     model = ("plan", "--model", str(MODEL))
     result = call(*model, "--card", "L4", "--prompt-tokens", "300", "--max-new-tokens", "50")
     assert result.exit_code == 0
-    assert "L4 22.03 GiB; KV cache 1 KiB a token; rows of 350 tokens" in result.stdout
+    assert "L4: 22.03 GiB; KV cache 1 KiB a token; rows of 350 tokens" in result.stdout
     assert "fits <- chosen" in next(
         line for line in result.stdout.splitlines() if line.startswith("bf16")
     )
@@ -351,7 +362,7 @@ def test_records_of_another_version_are_refused_for_what_they_are(folder: Path) 
 def test_plan_for_a_card_by_its_name(folder: Path) -> None:
     static = ("--set", "engine.kind=static")
     found = document(call("plan", "job.yaml", "--json", *static, "--card", "nvidia l4"))
-    assert (found["memory"]["card"], found["memory"]["fits"]) == ("L4", True)
+    assert (found["card"]["name"], found["memory"]["fits"]) == ("L4", True)
     assert found["memory"]["device_bytes"] == int(22.03 * 2**30)
     given = ("--set", "cluster.gpu_memory_gib=1", "--card", "L4")
     assert "fits the 22.03 GiB of L4" in call("plan", "job.yaml", *static, *given).stdout
@@ -366,7 +377,7 @@ def test_plan_for_the_card_of_this_machine(folder: Path, monkeypatch: pytest.Mon
     cards = [find("A100 80GB"), find("L4")]
     monkeypatch.setattr("quantbatch.model.thiscard.local_cards", lambda: cards)
     static = ("--set", "engine.kind=static")
-    assert document(call("plan", "job.yaml", "--json", *static))["memory"]["card"] == "L4"
+    assert document(call("plan", "job.yaml", "--json", *static))["card"]["name"] == "L4"
     for elsewhere in ("cluster.address=ray://head:10001", "cluster.gpus_per_replica=0"):
         found = document(call("plan", "job.yaml", "--json", *static, "--set", elsewhere))
         assert found["memory"]["fits"] is None
