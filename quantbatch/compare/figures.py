@@ -168,6 +168,7 @@ def describe_labels(reference: Said, candidate: Said, bootstrap: Bootstrap) -> d
     theirs = [label_of(answer) for answer in candidate.answers]
     flips = Counter((a, b) for a, b in zip(ours, theirs, strict=True) if a != b)
     return {
+        "distinct": len(set(ours)),
         "same": bootstrap.share(np.array(ours) == np.array(theirs))._asdict(),
         "flipped": flips.total(),
         "flips": [

@@ -128,7 +128,7 @@ def _flips(document: Mapping[str, Any]) -> str:
         return ""
     rows = [[name, _short(a), _short(b), count] for name, a, b, count in rows]
     names = ("width", f"{document['reference']} says", "this says", "rows")
-    return f'<h2>Labels that differ</h2><div class="wide">{_table(names, rows)}</div>'
+    return f'<h2>Answers that differ</h2><div class="wide">{_table(names, rows)}</div>'
 
 
 def _short(text: str | None) -> str:

@@ -129,7 +129,7 @@ def verdict(width: Mapping[str, Any], noise: Mapping[str, Any], rows: int) -> li
     """Say what was seen of a width, and how large a difference could have been missed."""
     seen = f"with {several(rows, 'row')}"
     said = [*_said_of_divergence(width["divergence"], noise["divergence"], seen)]
-    said.append(_said_of_labels(width["labels"], seen))
+    said.append(_said_of_labels(width, rows))
     if width["accuracy"] and "difference" in width["accuracy"]:
         said.append(_said_of_accuracy(width["accuracy"]))
     return said
@@ -150,12 +150,20 @@ def _said_of_divergence(
     return [*said, f"differs by {nats(kl['value'])} nats a token ({interval}) {seen}"]
 
 
-def _said_of_labels(labels: Mapping[str, Any], seen: str) -> str:
+def _said_of_labels(width: Mapping[str, Any], rows: int) -> str:
+    labels = width["labels"]
     least, most = 1 - labels["same"]["high"], 1 - labels["same"]["low"]
+    noun, seen = _noun(width, rows), f"with {several(rows, 'row')}"
     if not labels["flipped"]:
-        return f"no difference in more than {most:.2%} of labels seen {seen}"
-    flipped = several(labels["flipped"], "label")
+        return f"no difference in more than {most:.2%} of {noun}s seen {seen}"
+    flipped = several(labels["flipped"], noun)
     return f"{flipped} changed, between {least:.2%} and {most:.2%} of rows, seen {seen}"
+
+
+def _noun(width: Mapping[str, Any], rows: int) -> str:
+    """Return what answers are: labels, or texts that hardly any two rows share."""
+    is_label = width["accuracy"] or width["labels"]["distinct"] <= rows / 2
+    return "label" if is_label else "answer"
 
 
 def _said_of_accuracy(accuracy: Mapping[str, Any]) -> str:
@@ -189,13 +197,14 @@ def points(share: float) -> str:
 
 
 def table(document: Mapping[str, Any]) -> Table:
-    """Return the figures of all widths, a line each."""
+    """Return the figures of all widths, a column each."""
     made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    columns = columns_of(document)
-    for name in columns:
-        made.add_column(name, justify="left" if name == "width" else "right")
-    for row in zip(*columns.values(), strict=True):
-        made.add_row(*(Text(plain(cell)) for cell in row))
+    figures_of = columns_of(document)
+    made.add_column("", style="bold", no_wrap=True)
+    for name in figures_of.pop("width"):
+        made.add_column(plain(name), justify="right")
+    for name, cells in figures_of.items():
+        made.add_row(name, *(Text(plain(cell)) for cell in cells))
     return made
 
 
@@ -204,23 +213,26 @@ def columns_of(document: Mapping[str, Any]) -> dict[str, list[str]]:
     whose own cells are empty where a figure is a difference from it.
     """
     reference, *others = document["widths"]
+    noun = _noun(document["noise_floor"], document["rows"]["compared"])
     again = document["noise_floor"] | {"name": f"{reference['name']} again"}
     widths = (reference, again, *others)
     shown: dict[str, Callable[[Any], str]] = {
         "width": lambda width: width["name"],
         "weights": lambda width: size(width["memory"]["weight_bytes"]),
         "saved": lambda width: f"{width['memory']['saved']:.1%}",
-        "KL mean (95 %)": _kl,
-        "KL p99": lambda width: nats(width["divergence"]["kl_p99"]["value"]),
-        "KL on prompts": lambda width: _kl(width, "divergence_on_prompts"),
+        "KL mean": lambda width: nats(width["divergence"]["kl_mean"]["value"]),
+        "  95 %": _interval_of_kl,
+        "  p99": lambda width: nats(width["divergence"]["kl_p99"]["value"]),
+        "KL on prompts": lambda width: nats(width["divergence_on_prompts"]["kl_mean"]["value"]),
+        "  95 % ": lambda width: _interval_of_kl(width, "divergence_on_prompts"),
         "perplexity": lambda width: times(width["divergence"]["perplexity_ratio"]["value"]),
         "same top": lambda width: f"{width['divergence']['same_top']['value']:.2%}",
         "RMS dp": lambda width: f"{width['divergence']['rms_dp']['value']:.2%}",
         "identical": lambda width: f"{width['answers']['identical']['value']:.1%}",
         "differs at": _first_difference,
-        "same label": lambda width: f"{width['labels']['same']['value']:.1%}",
+        f"same {noun}": lambda width: f"{width['labels']['same']['value']:.1%}",
         "accuracy": lambda width: f"{width['accuracy']['value']['value']:.1%}",
-        "mid-p": lambda width: f"{width['accuracy']['mcnemar_mid_p']:.2g}",
+        "  mid-p": lambda width: f"{width['accuracy']['mcnemar_mid_p']:.2g}",
         "tokens/s": lambda width: f"{width['speed']['tokens_per_s']:,.0f}",
     }
     columns = {name: [_cell(cell, width) for width in widths] for name, cell in shown.items()}
@@ -235,9 +247,9 @@ def _cell(cell: Callable[[Any], str], width: Mapping[str, Any]) -> str:
         return ""
 
 
-def _kl(width: Mapping[str, Any], part: str = "divergence") -> str:
+def _interval_of_kl(width: Mapping[str, Any], part: str = "divergence") -> str:
     kl = width[part]["kl_mean"]
-    return f"{nats(kl['value'])} ({nats(kl['low'])} - {nats(kl['high'])})"
+    return f"{nats(kl['low'])} - {nats(kl['high'])}"
 
 
 def _first_difference(width: Mapping[str, Any]) -> str:

@@ -87,11 +87,10 @@ class Scorer:
                 the model's own likeliest ones.
         """
         found: dict[int, Beliefs] = {}
-        random = torch.Generator(self.model.device).manual_seed(SEED)
         for batch in self._batches(texts):
             rows = [texts[index] for index in batch]
             words = Words.of([about[index] for index in batch]) if about is not None else None
-            asked = self._ask_batch(rows, words, random)
+            asked = self._ask_batch(rows, words, SEED + batch[0])
             ends = np.cumsum([row.counted for row in rows])[:-1]
             found |= dict(zip(batch, asked.split(ends.tolist()), strict=True))
         return [found[index] for index in range(len(texts))]
@@ -110,13 +109,12 @@ class Scorer:
         if batch:
             yield batch
 
-    def _ask_batch(
-        self, texts: Sequence[Text], words: Words | None, random: torch.Generator
-    ) -> Beliefs:
+    def _ask_batch(self, texts: Sequence[Text], words: Words | None, seed: int) -> Beliefs:
         inputs, starts = self._inputs(texts)
         output = self._layers(inputs)
         hidden_BTH: Tensor = output.last_hidden_state
-        device = hidden_BTH.device
+        device = hidden_BTH.device  # of several, that of the last layers
+        random = torch.Generator(device).manual_seed(seed)
         rows = [row for row, text in enumerate(texts) for _ in range(text.counted)]
         # What stands at a place is what the model thinks of the next one.
         places = [
@@ -133,7 +131,7 @@ class Scorer:
         step = self._piece_tokens()
         for begin in range(0, len(targets), step):
             piece = slice(begin, begin + step)
-            scores_PV = self._head(output, hidden_PH[piece])
+            scores_PV = self._head(output, hidden_PH[piece]).to(device)
             asked = words.part(piece, device) if words else None
             logprobs_PV = logprobs_of(scores_PV)
             asked = asked or choose_words(logprobs_PV, self.top_words, random)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 RESAMPLES = 2000
 SEED = 0
 LEVEL = 0.95
+MOST_NUMBERS, LEAST_RESAMPLES = 400_000_000, 200
+"""A quantile of very many tokens is resampled less often: about 4 s for this many numbers."""
 BLOCK_NUMBERS = 4_000_000
 """Numbers that resampling holds at once: 32 MB."""
 
@@ -67,7 +69,8 @@ class Bootstrap:
             change: Applied to the ratio, such as exp.
         """
         sums = np.stack([numerators, denominators], axis=1).astype(float)
-        drawn = np.concatenate([counts @ sums for counts in self._draws(self.rows)])
+        draws = self._draws(self.resamples, self.rows)
+        drawn = np.concatenate([counts @ sums for counts in draws])
         with np.errstate(invalid="ignore", divide="ignore"):
             value = change(np.divide(*sums.sum(0)))
             ratios = change(drawn[:, 0] / drawn[:, 1])
@@ -97,22 +100,23 @@ class Bootstrap:
             return Interval(math.nan, math.nan, math.nan)
         order = np.argsort(values, kind="stable")
         ordered, rows = values[order], row_of[order]
-        found = [
-            ordered[_weighted_place(counts[:, rows], q)] for counts in self._draws(len(values))
-        ]
+        resamples = min(self.resamples, max(LEAST_RESAMPLES, MOST_NUMBERS // len(values)))
+        draws = self._draws(resamples, len(values))
+        found = [ordered[_weighted_place(counts[:, rows], q)] for counts in draws]
         place = _weighted_place(np.ones((1, len(values))), q)
         return _middle(float(ordered[place][0]), np.concatenate(found))
 
-    def _draws(self, width: int) -> Iterator[NDArray[np.float64]]:
+    def _draws(self, resamples: int, width: int) -> Iterator[NDArray[np.float64]]:
         """Yield how often each row was drawn, a block (resamples, rows) at a time.
 
         Args:
+            resamples: How many.
             width: Numbers that a resample will need.
         """
         random = np.random.default_rng(self.seed)
         at_once = max(1, BLOCK_NUMBERS // max(width, self.rows))
-        for begin in range(0, self.resamples, at_once):
-            count = min(at_once, self.resamples - begin)
+        for begin in range(0, resamples, at_once):
+            count = min(at_once, resamples - begin)
             drawn = random.integers(self.rows, size=(count, self.rows))
             flat = (drawn + self.rows * np.arange(count)[:, None]).ravel()
             counts = np.bincount(flat, minlength=count * self.rows)

@@ -190,7 +190,8 @@ def test_an_accuracy_that_differs_is_called_so() -> None:
     gold: list[str | None] = ["a"] * 20
     found = width("nf4", said(*["a"] * 20), said(*["a"] * 10, *["b"] * 10), gold)
     noise = width("fp32", said(*["a"] * 20), said(*["a"] * 20), gold, 0)
-    told = verdict(found, noise, 20)[-1]
+    _, labels, told = verdict(found, noise, 20)
+    assert labels.startswith("10 labels changed, between ")
     assert told.startswith("accuracy differs by -50.0 points (")
     assert told.endswith("with 20 rows (McNemar mid-p 0.00098)")
 
@@ -221,14 +222,26 @@ def test_nothing_is_ever_called_lossless(tmp_path: Path) -> None:
 def test_a_terminal_shows_what_there_is() -> None:
     text = printed(document_of())
     header, *lines = text.splitlines()
-    assert "accuracy" in header
-    assert "KL on prompts" not in header
-    assert [line.split("  ")[0].strip() for line in lines] == ["fp32", "fp32 again", "nf4", "bf16"]
-    assert "differs at" in header
+    assert re.split(r" {2,}", header.strip()) == ["fp32", "fp32 again", "nf4", "bf16"]
+    names = [re.split(r" {2,}", line.strip())[0] for line in lines]
+    assert {"weights", "KL mean", "p99", "differs at", "accuracy", "mid-p"} <= set(names)
+    assert "KL on prompts" not in names
+    assert lines[names.index("accuracy")].split() == [
+        "accuracy",
+        "75.0%",
+        "75.0%",
+        "75.0%",
+        "75.0%",
+    ]
     without_gold = document_of()
     for each in (without_gold["noise_floor"], *without_gold["widths"]):
         each["accuracy"] = None
-    assert "accuracy" not in printed(without_gold)
+    text = printed(without_gold)
+    assert "accuracy" not in text
+    assert "same answer" in text
+    for each in (without_gold["noise_floor"], *without_gold["widths"][1:]):
+        each["labels"]["distinct"] = 2
+    assert "same label" in printed(without_gold)
 
 
 def test_the_page_is_well_formed_and_loads_nothing() -> None:
