@@ -46,7 +46,7 @@ def memory(
 ) -> None:
     """Planned memory against measured; with --card-gib 23.6 a shape within a smaller card."""
     within = f"{card_gib:g}gib" if card_gib else ""
-    record = _record("memory", device, out, budget_s, shape=shape, kind=kinds[0], within=within)
+    record = _record("memory", device, out, budget_s, shape=shape, kind=_all(kinds), within=within)
     from jobs.gpubench import memory as part
 
     if card_gib:
@@ -66,7 +66,7 @@ def oom(
     budget_s: Budget = 300.0,
 ) -> None:
     """Memory that really runs out, so many times: no row is lost, and answers are equal."""
-    record = _record("oom", device, out, budget_s, shape=shape, kind=kind)
+    record = _record("oom", device, out, budget_s, shape=shape, kind=kind, rows=rows)
     from jobs.gpubench import oom as part
 
     part.provoke(record, shape, kind, times=times, rows=rows)
@@ -88,7 +88,7 @@ def speed(
     budget_s: Budget = 480.0,
 ) -> None:
     """Output tokens per second: pipeline, sorted generate, continuous batching, ours."""
-    record = _record("speed", device, out, budget_s, shape=shape, kind=kind, only=only)
+    record = _record("speed", device, out, budget_s, shape=shape, kind=kind, only=only, rows=rows)
     from jobs.gpubench import speed as part
 
     part.race(record, shape, kind, rows=rows, contender_budget_s=contender_s, only=only)
@@ -105,7 +105,7 @@ def floor(
     budget_s: Budget = 420.0,
 ) -> None:
     """Decode steps against the memory's bandwidth, prefill against the matrix rate."""
-    record = _record("floor", device, out, budget_s, shape=shape)
+    record = _record("floor", device, out, budget_s, shape=shape, kind=_all(kinds))
     from jobs.gpubench import floor as part
 
     part.measure(record, shape, kinds, batches, steps=steps)
@@ -121,7 +121,7 @@ def profile_(
     budget_s: Budget = 240.0,
 ) -> None:
     """The kernels of decode and prefill steps, with their shares; also as a table, on stderr."""
-    record = _record("profile", device, out, budget_s, shape=shape)
+    record = _record("profile", device, out, budget_s, shape=shape, kind=_all(kinds))
     from jobs.gpubench import profiling as part
 
     part.measure(record, shape, kinds, rows=rows)
@@ -137,7 +137,7 @@ def share(
     budget_s: Budget = 300.0,
 ) -> None:
     """Two replicas on one card, each with half of it, against one."""
-    record = _record("share", device, out, budget_s, shape=shape, kind=kind)
+    record = _record("share", device, out, budget_s, shape=shape, kind=kind, rows=rows)
     from jobs.gpubench import share as part
 
     part.compare(record, shape, kind, rows=rows)
@@ -154,10 +154,14 @@ def loading(
     budget_s: Budget = 420.0,
 ) -> None:
     """Loading from the cache of quantized weights against quantizing at load."""
-    record = _record("loading", device, out, budget_s, shape=shape)
+    record = _record("loading", device, out, budget_s, shape=shape, kind=_all(kinds))
     from jobs.gpubench import loading as part
 
     part.measure(record, shape, kinds, folder, passes=passes)
+
+
+def _all(kinds: list[str]) -> str:
+    return "_".join(kinds)
 
 
 def _record(command: str, device: str, out: Path | None, budget_s: float, **options: Any) -> Record:

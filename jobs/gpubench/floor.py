@@ -66,11 +66,13 @@ def _decode(
 ) -> None:
     for rows in batch_sizes:
         for recorded in (True, False) if on_card(record.device) else (False,):
-            if record.has_time():
-                timed = _timed_steps(built, record.device, rows, steps, recorded=recorded)
-                record.add(**common, rows=rows, **_against_floor(built, timed, rates))
-            else:
+            if not record.has_time():
                 record.skip(**common, rows=rows)
+                continue
+            timed = _timed_steps(built, record.device, rows, steps, recorded=recorded)
+            record.add(**common, rows=rows, **_against_floor(built, timed, rates))
+            if recorded and not timed.recorded:
+                break  # such steps can't be recorded: it would be the same once more
 
 
 class _Timed(NamedTuple):

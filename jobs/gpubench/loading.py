@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.gpubench import engines, shapes
-from jobs.gpubench.record import Record
+from jobs.gpubench.record import GIB, Record
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.spec import Model, Unquantized
-from quantbatch.weights import dtypes
+from quantbatch.weights import dtypes, peak
 from quantbatch.weights import loading as weights
 
 DROP = Path("/proc/sys/vm/drop_caches")
@@ -47,10 +47,10 @@ def measure(record: Record, shape: str, kinds: list[str], folder: Path, *, passe
 
 
 def _load(record: Record, spec: Model, kind: str, way: str, which: list[str | int]) -> None:
-    began = time.perf_counter()
+    measured, began = peak.PeakMemory(record.device), time.perf_counter()
     with _loaded(spec, record.device) as (weight_bytes, cpu_s):
         engines.wait_for(record.device)
-        took_s = time.perf_counter() - began
+        took_s, peak_bytes = time.perf_counter() - began, measured.peak_bytes()
     record.add(
         kind=kind,
         way=way,
@@ -58,7 +58,8 @@ def _load(record: Record, spec: Model, kind: str, way: str, which: list[str | in
         repetition=which[1] if which else 0,
         load_s=round(took_s, 2),
         cpu_s=round(cpu_s, 2),
-        weights_gib=round(weight_bytes / 2**30, 3),
+        weights_gib=round(weight_bytes / GIB, 3),
+        peak_gib=round(peak_bytes / GIB, 3),
     )
 
 

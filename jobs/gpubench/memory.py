@@ -93,6 +93,7 @@ def _run(built: shapes.Built, plan: MemoryPlan, device: str, prompt_tokens: int)
         "planned_gib": gib(planned_bytes),
         "measured_gib": gib(peak_bytes),
         "planned_to_measured": round(planned_bytes / peak_bytes, 3) if peak_bytes else None,
+        "enough_and_within_10_percent": peak_bytes <= planned_bytes <= 1.1 * peak_bytes,
         **besides,
         "planned_context_gib": gib(plan.overhead_bytes),
         "weights_gib": gib(plan.weight_bytes),

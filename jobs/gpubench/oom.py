@@ -12,6 +12,7 @@ what is left. Then a fresh engine answers the rows once more.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,9 @@ import torch
 from jobs.gpubench import engines, shapes
 from jobs.gpubench.engines import on_card
 from jobs.gpubench.record import Record
+from quantbatch.engine.backoff import SMALLEST_STEP_TOKENS
 from quantbatch.engine.continuous import ContinuousEngine
+from quantbatch.model.memory import MemoryPlan
 from quantbatch.records import Request, RequestId
 
 ROWS_AT_ONCE = 32
@@ -27,6 +30,7 @@ PROMPT_TOKENS, NEW_TOKENS = 384, 4
 """Short answers: most steps have prompts in them."""
 LEFT_BYTES = 48 << 20
 """Less than one product of the MLP in a step of 2,048 tokens of the 8B shape, 117 MB in float32."""
+WARM_UP_ROWS = 4
 CALM_STEPS = 4
 """Steps without the large tensor between two with it."""
 
@@ -41,6 +45,7 @@ def provoke(record: Record, shape: str, kind: str, *, times: int, rows: int) -> 
         built, device, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, rows=ROWS_AT_ONCE
     )
     asked = engines.requests(rows, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS)
+    _warm_up(built, plan, asked[:WARM_UP_ROWS])
     with engines.engine_of(built, plan) as engine:
         wanted = engines.answers(engine, asked)
     rounds = [_Round(0, 0, 0)]
@@ -49,15 +54,15 @@ def provoke(record: Record, shape: str, kind: str, *, times: int, rows: int) -> 
             found = _answer_with_little(engine, asked, device)
             equal = sum(wanted[key] == tokens for key, tokens in found.items())
             rounds.append(_Round(engine.totals.out_of_memory, len(asked) - len(found), equal))
-        if not on_card(device):
-            break  # nothing runs out there
+        record.add(round=len(rounds) - 1, **rounds[-1]._asdict())
+        if not rounds[-1].out_of_memory:
+            break  # a CPU, or a shape whose steps fit into what is left
     record.add(
         shape=shape,
         kind=kind,
-        rows=rows,
         rounds=len(rounds) - 1,
-        out_of_memory=sum(each.out_of_memory for each in rounds),
         wanted_out_of_memory=times,
+        out_of_memory=sum(each.out_of_memory for each in rounds),
         answered=(len(rounds) - 1) * rows,
         lost_rows=sum(each.lost_rows for each in rounds),
         equal_rows=sum(each.equal_rows for each in rounds),
@@ -70,6 +75,15 @@ class _Round(NamedTuple):
     out_of_memory: int
     lost_rows: int
     equal_rows: int
+
+
+def _warm_up(built: shapes.Built, plan: MemoryPlan, asked: Sequence[Request]) -> None:
+    """Run steps of all sizes once: what the driver loads for them, it would not find room for."""
+    step_tokens = plan.step_tokens or 0
+    while step_tokens >= SMALLEST_STEP_TOKENS:
+        with engines.engine_of(built, replace(plan, step_tokens=step_tokens)) as engine:
+            engines.answers(engine, asked)
+        step_tokens //= 2
 
 
 def _answer_with_little(

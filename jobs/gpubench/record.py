@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -73,7 +74,7 @@ class Record:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         given = [str(value) for value in self.options.values() if isinstance(value, str) and value]
-        name = "-".join([self.command, *given]).replace("/", "_").replace(":", "")
+        name = re.sub(r"[^\w.-]+", "_", "-".join([self.command, *given]))
         document = {
             "benchmark": f"gpu {self.command}",
             "machine": self._machine,

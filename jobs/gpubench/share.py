@@ -7,7 +7,10 @@ are ready; what counts is the time until the last is done.
 from __future__ import annotations
 
 import multiprocessing
+import queue
 import time
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 from jobs.gpubench.record import Record
@@ -67,12 +70,27 @@ def _run(halves: list[Half]) -> list[dict[str, Any]]:
     for process in processes:
         process.start()
     try:
-        return [results.get(timeout=2 * READY_S) for _ in halves]
+        return _collect(results, processes)
     finally:
         for process in processes:
-            process.join(timeout=30)
+            process.join(timeout=30 if process.exitcode is None else 0)
             if process.is_alive():
                 process.terminate()
+
+
+def _collect(results: Any, processes: Sequence[BaseProcess]) -> list[dict[str, Any]]:
+    """Return what the processes found; if one ends without, don't wait for the others."""
+    found: list[dict[str, Any]] = []
+    while len(found) < len(processes):
+        try:
+            found.append(results.get(timeout=1.0))
+        except queue.Empty:
+            broken = [process.exitcode for process in processes if process.exitcode]
+            if broken:
+                for process in processes:
+                    process.terminate()
+                raise RuntimeError(f"a process ended with {broken[0]}") from None
+    return found
 
 
 def _work(half: Half, barrier: Any, results: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from jobs.gpubench import shapes, speed
+from jobs.gpubench import engines, oom, shapes, speed
 from jobs.gpubench.record import Record
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.model.footprint import weigh
@@ -17,6 +17,8 @@ from quantbatch.weights import loading
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from quantbatch.engine.continuous import ContinuousEngine
 
 
 @pytest.mark.parametrize(("shape", "count"), [("8b", 8_030_261_248), ("32b", 32_763_876_352)])
@@ -63,3 +65,30 @@ def test_a_contender_without_time_is_measured_over_the_rows_it_finished(tmp_path
     *_, pipeline = record.results
     assert pipeline["contender"] == "pipeline, batch 8"
     assert pipeline["rows_finished"] == 32
+
+
+def test_memory_runs_out_until_it_did_so_often_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short_of_memory(engine: ContinuousEngine, _: str) -> Any:
+        def forward(pieces: Any, tokens_T: Any) -> Any:  # noqa: N803
+            if len(tokens_T) > 128:
+                raise torch.OutOfMemoryError
+            return plain(pieces, tokens_T)
+
+        plain = engine._forward
+        monkeypatch.setattr(engine, "_forward", forward)
+        try:
+            return engines.taken(engine.step())
+        finally:
+            engine._forward = plain
+
+    monkeypatch.setattr(oom, "on_card", lambda _: True)
+    monkeypatch.setattr(oom, "_short_of_memory", short_of_memory)
+    record = Record("oom", "cpu", {}, tmp_path)
+    oom.provoke(record, "tiny", "fp32", times=4, rows=8)
+    *rounds, found = [each for each in record.results if "note" not in each]
+    assert len(rounds) == found["rounds"] > 1
+    assert found["out_of_memory"] >= 4
+    assert found["equal_rows"] == found["answered"] == 8 * len(rounds)
+    assert not found["lost_rows"]
