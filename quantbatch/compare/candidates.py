@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from quantbatch.model.checkpoint import Checkpoint
     from quantbatch.model.footprint import DType
+    from quantbatch.model.formats import Capability
     from quantbatch.model.memory import MemoryPlan, Work
     from quantbatch.spec import Quantization
 
@@ -135,7 +136,11 @@ def is_original(name: str, checkpoint: Checkpoint) -> bool:
 
 
 def plan_field(
-    candidates: Sequence[Candidate], reference: str | None, work: Work, device_bytes: int | None
+    candidates: Sequence[Candidate],
+    reference: str | None,
+    work: Work,
+    device_bytes: int | None,
+    capability: Capability | None = None,
 ) -> Field:
     """Find out which candidates fit, and which of them is the reference.
 
@@ -145,6 +150,7 @@ def plan_field(
             fits if that does not.
         work: Of the job's replica.
         device_bytes: What it may fill; None where there is no limit.
+        capability: Compute capability of the card; None if there is none.
 
     Raises:
         JobError: None fits, or not the reference that was asked for.
@@ -153,7 +159,10 @@ def plan_field(
     problems: dict[str, JobError] = {}
     for candidate in candidates:
         try:
-            fitting.append(Planned(candidate, _plan(candidate, work, device_bytes)))
+            checkpoint = open_checkpoint(candidate.model, capability)
+            _refuse_no_original(candidate, checkpoint)
+            memory = plan_memory(checkpoint, candidate.model, work, device_bytes)
+            fitting.append(Planned(candidate, memory))
         except (DoesNotFit, ModelError) as error:
             problems[candidate.name] = error
     if not fitting:
@@ -166,15 +175,15 @@ def plan_field(
     return Field((chosen, *others), skipped)
 
 
-def _plan(candidate: Candidate, work: Work, device_bytes: int | None) -> MemoryPlan:
-    checkpoint = open_checkpoint(candidate.model)
-    if checkpoint.quantized is not None and candidate.name in DTYPES:
+def _refuse_no_original(candidate: Candidate, checkpoint: Checkpoint) -> None:
+    """Refuse to name codes after a type: what is quantized already would be loaded as it is."""
+    as_it_is = checkpoint.quantized is not None and not checkpoint.expanded
+    if as_it_is and candidate.name in DTYPES:
         raise ModelError(
-            f"{checkpoint.id} is quantized already ({checkpoint.quantized}): there are no"
+            f"{checkpoint.id} is quantized already ({checkpoint.quantized}): it has no"
             f" {candidate.name} weights to compare with",
             "give the original model",
         )
-    return plan_memory(checkpoint, candidate.model, work, device_bytes)
 
 
 def _reference(fitting: Sequence[Planned], name: str) -> Planned:

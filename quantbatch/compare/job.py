@@ -126,7 +126,7 @@ def prepare(spec: JobSpec, choices: Choices) -> Prepared:
         raise SpecError(
             JobError(
                 f"engine.kind is {spec.engine.kind}: it has no model whose bits could be compared",
-                "such as continuous",
+                "compare with --set engine.kind=continuous",
             )
         )
     samples = spec.sampling.temperature > 0
@@ -189,7 +189,7 @@ def measure(prepared: Prepared, *, device: str, folder: str, say: Callable[[str]
 
 
 def _field(prepared: Prepared, device: str, folder: str) -> Field:
-    from quantbatch.weights import peak
+    from quantbatch.weights import dtypes, peak
 
     spec = prepared.spec
     limit = prepared.max_tokens - spec.sampling.max_new_tokens
@@ -204,7 +204,8 @@ def _field(prepared: Prepared, device: str, folder: str) -> Field:
         Candidate(candidate.name, candidate.model.seen_from(folder))
         for candidate in prepared.candidates
     ]
-    return plan_field(models, prepared.reference, work, room)
+    capability = dtypes.capability(device)
+    return plan_field(models, prepared.reference, work, room, capability)
 
 
 def _first_run(setting: Setting, field: Field, say: Callable[[str], None]) -> FirstRun:

@@ -219,6 +219,7 @@ def columns_of(document: Mapping[str, Any]) -> dict[str, list[str]]:
     shown: dict[str, Callable[[Any], str]] = {
         "width": lambda width: width["name"],
         "weights": lambda width: size(width["memory"]["weight_bytes"]),
+        "kept as": lambda width: width["dtype"],
         "saved": lambda width: f"{width['memory']['saved']:.1%}",
         "KL mean": lambda width: nats(width["divergence"]["kl_mean"]["value"]),
         "  95 %": _interval_of_kl,

@@ -14,7 +14,7 @@ from quantbatch.input import listing, sources
 from quantbatch.plan import make_plan
 from quantbatch.prompts.rendering import Renderer, check_prompt
 from quantbatch.prompts.templates import missing_column
-from quantbatch.prompts.tokens import load_tokenizer
+from quantbatch.prompts.tokens import tokenizer_of
 from quantbatch.records import Slice, to_token_lists
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _read(
 def _renderer(spec: JobSpec, checkpoint: Checkpoint) -> Renderer:
     return Renderer(
         spec.prompt,
-        load_tokenizer(checkpoint.folder),
+        tokenizer_of(checkpoint),
         max_prompt_tokens=preflight.input_limit(spec, checkpoint),
         too_long=spec.engine.too_long,
     )

@@ -247,7 +247,7 @@ class _Loaded:
 
     def took(self) -> Loading:
         """Return what it took so far."""
-        checkpoint = open_checkpoint(self._section)
+        checkpoint = open_checkpoint(self._section, dtypes.capability(self._setting.device))
         model = dtypes.resolve(checkpoint, self._section, self._setting.device)
         return Loading(
             dtype=model.dtype,

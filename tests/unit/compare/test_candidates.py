@@ -14,7 +14,7 @@ from quantbatch.compare.candidates import (
     name_of,
     plan_field,
 )
-from quantbatch.errors import DoesNotFit, SpecError
+from quantbatch.errors import DoesNotFit, ModelError, SpecError
 from quantbatch.model.checkpoint import Checkpoint, open_checkpoint
 from quantbatch.model.memory import Work, plan_memory
 from quantbatch.spec import FourBit, Int8, Model, Unquantized
@@ -131,3 +131,17 @@ def test_none_fits_or_not_the_reference_that_was_asked_for(checkpoint: Checkpoin
     room = between(checkpoint, "bf16", "nf4")
     with pytest.raises(DoesNotFit, match="16 bits"):
         plan_field(candidates_of("16,4", model(), checkpoint), "bf16", WORK, room)
+
+
+def test_codes_are_not_named_after_a_type(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that is quantized already is loaded as it is, whatever type is asked for."""
+
+    def opened(*_: object) -> Checkpoint:
+        return replace(checkpoint, quantized="gptq")
+
+    monkeypatch.setattr("quantbatch.compare.candidates.open_checkpoint", opened)
+    found = candidates_of("16,32", model(), checkpoint)
+    with pytest.raises(ModelError, match="it has no bf16 weights to compare with"):
+        plan_field(found, None, WORK, None)
