@@ -78,7 +78,7 @@ def advise(
         widths: The model in every width.
     """
     case = _Case(checkpoint, model, card, work, widths)
-    of_types = [*_float16(case), *_fp8(case)]
+    of_types = [*_own_code(case), *_float16(case), *_fp8(case)]
     if checkpoint.quantized is not None:
         return of_types
     found = [*_experts(case), *_vocabulary(case), *of_types]
@@ -90,6 +90,16 @@ def advise(
         case Unquantized():
             pass
     return found
+
+
+def _own_code(case: _Case) -> Iterator[str]:
+    checkpoint = case.checkpoint
+    if checkpoint.trusted and not checkpoint.is_native:
+        yield (
+            f"transformers has no model type {checkpoint.config.get('model_type')}: what the"
+            " repository's own code makes of its tensors is told from their names alone, so these"
+            " sizes are approximate"
+        )
 
 
 def _experts(case: _Case) -> Iterator[str]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from quantbatch.errors import ModelError
 from quantbatch.model.checkpoint import stored_quantization
-from quantbatch.model.packed import dense_tensors
+from quantbatch.model.packed import code_bytes, code_count, dense_tensors
 from quantbatch.spec import FourBit, Int8, Unquantized
 
 if TYPE_CHECKING:
@@ -231,11 +231,14 @@ def _weigh_stored(checkpoint: Checkpoint, model: Model) -> Weights:
         if is_blob:
             # JSON, of which only the mean of the nested scales gets to the device.
             sizes[Part.LINEAR] += 4 if f"{base}.nested_absmax" in names else 0
+        elif (size := code_bytes(tensor, checkpoint)) is not None:
+            params[Part.LINEAR] += code_count(tensor, checkpoint)
+            sizes[Part.LINEAR] += size
         elif tensor.dtype in STORED_DTYPES and not _is_scale(tensor.name):
             params[Part.KEPT] += tensor.numel
             sizes[Part.KEPT] += tensor.numel * item_bytes
         else:
-            codes = tensor.numel * codes_a_byte if tensor.name.endswith(".weight") else 0
+            codes = code_count(tensor, checkpoint) * codes_a_byte
             params[Part.LINEAR] += codes
             sizes[Part.LINEAR] += tensor.numel * STORED_BYTES.get(tensor.dtype, 1)
             largest = max(largest, codes)

@@ -61,6 +61,31 @@ def _code_bits(checkpoint: Checkpoint) -> int:
     return int(next(iter(groups.values()))["weights"]["num_bits"])
 
 
+def code_bytes(tensor: TensorInfo, checkpoint: Checkpoint) -> int | None:
+    """Return what a tensor of an FP8 checkpoint takes that is kept as it is; None for others.
+
+    transformers keeps scales as float32: those of compressed-tensors one for each row, however many
+    the file has (5.23).
+    """
+    name, dtype, shape = tensor
+    match checkpoint.quantized:
+        case "compressed-tensors" if name.endswith((".weight_scale", ".input_scale")):
+            return 0  # counted with its matrix
+        case "compressed-tensors" if dtype in CODES:
+            return tensor.numel + 4 * shape[0]
+        case "fp8" if name.endswith((".weight_scale_inv", ".activation_scale")):
+            return 4 * tensor.numel
+        case _:
+            return None
+
+
+def code_count(tensor: TensorInfo, checkpoint: Checkpoint) -> int:
+    """Return how many parameters the codes of a tensor stand for that is kept as it is."""
+    if tensor.name.endswith(".qweight"):
+        return tensor.numel * 32 // int(quant_section(checkpoint.config).get("bits", 4))
+    return tensor.numel if tensor.name.endswith(".weight") else 0
+
+
 def without_partner(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield the tensors of codes that have no scales, and of scales that have no codes.
 

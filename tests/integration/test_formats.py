@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from quantbatch.errors import ModelError
+from quantbatch.model import formats
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.model.footprint import weigh
 from quantbatch.model.formats import GPTQ, Machine
@@ -180,6 +181,9 @@ def test_a_packed_checkpoint_takes_what_was_planned(folders: Path, name: str) ->
     logits(found.model)
     assert found.weight_bytes == planned(folders / name, dtype="float32")
     assert found.weight_bytes < 0.7 * planned(dense_twin(folders / name), dtype="float32")
+    model = Model(id=str(folders / name))
+    params = weigh(open_checkpoint(model), model).total_params
+    assert params == open_and_weigh(dense_twin(folders / name))
 
 
 @pytest.mark.skipif(not MISSING, reason="gptqmodel is installed")
@@ -188,6 +192,44 @@ def test_without_the_extra_it_is_named(folders: Path, name: str) -> None:
     message = refusal(folders / name)
     assert "it needs gptqmodel>=" in message
     assert 'pip install "quantbatch[gptq]"' in message
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "name", ["fp8", "compressed-tensors FP8", "compressed-tensors FP8, one scale"]
+)
+def test_fp8_on_a_card_that_multiplies_it_takes_what_was_planned(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: str
+) -> None:
+    """transformers builds its layers for such a card if it is not asked whether there is one; only
+    the card could run them.
+    """
+    from transformers.quantizers import quantizer_compressed_tensors, quantizer_finegrained_fp8
+
+    def believe(self: Any, *_: object, **__: object) -> None:
+        self.use_fp8_kernel = getattr(self.quantization_config, "use_optimized_inference", None)
+
+    for quantizer in (
+        quantizer_finegrained_fp8.FineGrainedFP8HfQuantizer,
+        quantizer_compressed_tensors.CompressedTensorsHfQuantizer,
+    ):
+        monkeypatch.setattr(quantizer, "validate_environment", believe)
+    packages = dict(Machine.this().packages) | {"kernels": "0.18.2"}
+    monkeypatch.setattr(formats, "_installed", lambda: packages)
+    model = Model.model_validate({"id": str(folders / name), "dtype": dtype})
+    checkpoint = open_checkpoint(model, (8, 9))
+    assert not checkpoint.expanded
+    found = load(checkpoint, model, "cpu")
+    layer: Any = dict(found.model.named_modules())["model.layers.0.mlp.up_proj"]
+    assert layer.weight.dtype == torch.float8_e4m3fn
+    weights = weigh(checkpoint, model)
+    assert found.weight_bytes == weights.total_bytes
+    assert weights.total_params == open_and_weigh(dense_twin(folders / name))
+
+
+def open_and_weigh(folder: Path) -> int:
+    model = Model(id=str(folder))
+    return weigh(open_checkpoint(model), model).total_params
 
 
 # ---- never as garbage

@@ -193,3 +193,34 @@ def test_an_architecture_that_is_not_tested_is_refused(
     write_gguf(models / "llama", path, "Q8_0", tokenizer=tiny_tokenizer_folder)
     path.write_bytes(path.read_bytes().replace(b"llama", b"mamba"))
     assert "architecture mamba is not tested" in refusal(Model(id=str(path)))
+
+
+def test_a_file_of_a_repository_is_loaded_from_the_cache(
+    models: Path, tmp_path: Path, tiny_tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--somebody--packed"
+    folder = repository / "snapshots" / commit
+    folder.mkdir(parents=True)
+    write_gguf(
+        models / "llama",
+        folder / "model-q8_0.gguf",
+        "Q8_0",
+        tokenizer=tiny_tokenizer_folder,
+        chat_template=CHAT_TEMPLATE,
+    )
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = Model(id="somebody/packed", file="model-q8_0.gguf", allow_dequantize=True)
+    checkpoint = open_checkpoint(model)
+    assert (checkpoint.commit, checkpoint.chat_template) == (commit, CHAT_TEMPLATE)
+    found, taken, planned = logits(model)
+    assert taken == planned
+    here = Model(id=str(folder / "model-q8_0.gguf"), allow_dequantize=True)
+    assert torch.equal(found, logits(here)[0])
+    original = load_tokenizer(tiny_tokenizer_folder)
+    assert tokenizer_of(checkpoint).encode(SENTENCES[0]) == original.encode(SENTENCES[0])

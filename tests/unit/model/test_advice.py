@@ -50,6 +50,14 @@ def test_nothing_is_said_where_nothing_applies() -> None:
     assert advice(llama_8b(), card=None, bits=16) == []
 
 
+def test_sizes_of_a_model_with_code_of_its_own_are_approximate() -> None:
+    own = like(llama_8b(), model_type="own")
+    assert said(
+        advice(dataclasses.replace(own, trusted=True), bits=16), "no model type own.*approx"
+    )
+    assert advice(dataclasses.replace(llama_8b(), trusted=True), bits=16, card="H100") == []
+
+
 def test_experts_stay_in_16_bits() -> None:
     found = advice(qwen_30b_a3b(), bits=4)
     assert said(found, r"95% of the parameters are experts.*55\.6\d GiB at 15\.65 bits.*GPTQ")
