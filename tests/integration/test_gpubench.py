@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from jobs.gpubench import engines, oom, shapes, speed
+from jobs.gpubench.paged import PagedOnCard
 from jobs.gpubench.record import Record
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.model.footprint import weigh
@@ -65,6 +66,24 @@ def test_a_contender_without_time_is_measured_over_the_rows_it_finished(tmp_path
     *_, pipeline = record.results
     assert pipeline["contender"] == "pipeline, batch 8"
     assert pipeline["rows_finished"] == 32
+
+
+def test_a_contender_that_fails_is_told_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(contender: PagedOnCard) -> Any:
+        if contender.flash and contender.graphs is None:
+            raise RuntimeError("this step can't be recorded")
+        return plain(contender)
+
+    plain = PagedOnCard._config
+    monkeypatch.setattr(PagedOnCard, "_config", config)
+    record = Record("speed", "cpu", {}, tmp_path)
+    speed.race(record, "tiny", "bf16", rows=2, contender_budget_s=60, only="flash-style, 128")
+    *_, failed, instead = record.results
+    assert failed["failed"] == "RuntimeError: this step can't be recorded"
+    assert instead["contender"] == failed["contender"] + ", unrecorded"
+    assert instead["rows_finished"] == 2
 
 
 def test_memory_runs_out_until_it_did_so_often_enough(
