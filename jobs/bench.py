@@ -7,6 +7,7 @@
     python jobs/bench.py engine-job  a job through Ray against its engine alone; two replicas
     python jobs/bench.py peers       the engine against those of other packages, if installed
     python jobs/bench.py gpu ...     a card: memory, speed, loading; its help lists the parts
+    python jobs/bench.py loading     quantizing at load against the cache: seconds, bytes, memory
 
 In the first three the engine is `echo`, which answers with the beginning of the prompt: everything
 else is real, the tokenizer of the quickstart's model included. The others are in `enginebench`.
@@ -307,6 +308,52 @@ def run_alone(rows: int = 512, threads: int = 1, kind: str = "continuous") -> No
         model.write(Path(name, "model"))
         found = whole.alone(Path(name), rows=rows, kind=kind, threads=threads)
     print(json.dumps(found))
+
+
+@app.command()
+def loading(rounds: int = 3, threads: int = 1) -> None:
+    """Quantizing at load against a cache of quantized weights, on the disk and on S3.
+
+    Fails, after printing, if any way gives other scores than quantizing at load.
+    """
+    from jobs.enginebench import loads
+
+    with (
+        tempfile.TemporaryDirectory(prefix="quantbatch-bench-") as name,
+        loads.s3_server() as endpoint,
+    ):
+        _in_own_process("write-models", folder=name)
+        options: dict[str, int | str] = {"folder": name, "endpoint": endpoint, "threads": threads}
+        for way in loads.ways():  # the first load fills a cache
+            _in_own_process("run-load", way=way, **options)
+        runs = []
+        for _ in range(rounds):
+            for way in loads.ways():
+                if way == "s3":  # a node that has no copy yet
+                    shutil.rmtree(Path(name, "node-s3"))
+                runs.append(_in_own_process("run-load", way=way, **options))
+                print(f"load average {os.getloadavg()[0]:.1f}: {way}", file=sys.stderr, flush=True)
+    print(loads.table(runs), file=sys.stderr)
+    compared = loads.compared(runs)
+    _print({"benchmark": "loading", "threads": threads, "compared": compared, "runs": runs})
+    if not compared["equal_logits"]:
+        sys.exit("other scores than those of quantizing at load")
+
+
+@app.command("write-models", hidden=True)
+def write_models(folder: str = "") -> None:
+    """Write the models of `loading`, in a process that forgets them."""
+    from jobs.enginebench import loads
+
+    print(json.dumps({"parameters": loads.write_models(Path(folder))}))
+
+
+@app.command("run-load", hidden=True)
+def run_load(folder: str = "", way: str = "local", endpoint: str = "", threads: int = 1) -> None:
+    """Load the model once in this process and print its figures."""
+    from jobs.enginebench import loads
+
+    print(json.dumps(loads.measure(Path(folder), way, endpoint, threads)))
 
 
 def _agree(documents: list[dict[str, Any]]) -> None:
