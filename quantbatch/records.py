@@ -27,10 +27,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from quantbatch.wants import Want, Write
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quantbatch.spec import Sampling
+
+WRITE = Write()
 
 
 class Status(StrEnum):
@@ -110,6 +114,8 @@ class Request:
     sampling: Sampling
     seed: int
     """Seed of this row's own random numbers: derived from the job's seed and the row's id."""
+    want: Want = WRITE
+    """What it is for; `sampling` counts for `Write` only."""
 
     def __post_init__(self) -> None:
         assert self.prompt_ids, "an empty prompt is an error row, never a request"
@@ -151,7 +157,34 @@ class Failure:
     message: str
 
 
-Answer = Completion | Failure
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """What an engine gives back for `wants.Rank`."""
+
+    id: RequestId
+    logprobs: tuple[tuple[float, ...], ...]
+    """Of each token of each candidate, after the prompt and the candidate's tokens before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What an engine gives back for `wants.Score`."""
+
+    id: RequestId
+    logprobs: tuple[float, ...]
+    """Of each token from the first that counts, after all before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What an engine gives back for `wants.Embed`."""
+
+    id: RequestId
+    vector: tuple[float, ...]
+    """Not normalized."""
+
+
+Answer = Completion | Ranked | Scored | Embedded | Failure
 """What becomes of a request."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import logging
 import os
 import time
@@ -28,19 +29,24 @@ from quantbatch.records import (
     unpack,
 )
 from quantbatch.runner import Runner
-from quantbatch.spec import ContinuousEngine, EchoEngine, LlamaCppEngine, StaticEngine
+from quantbatch.spec import ContinuousEngine, EchoEngine, LlamaCppEngine, Sampling, StaticEngine
+from quantbatch.wants import Write
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import pyarrow as pa
 
     from quantbatch.engine import Engine
     from quantbatch.records import Answer
     from quantbatch.spec import JobSpec
+    from quantbatch.wants import Ask
 
 
 logger = logging.getLogger(__name__)
+
+MOST_SAMPLINGS = 1024
+"""Different settings of rows that are remembered."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,7 @@ class Replica:
         started = time.perf_counter()
         self._spec = job.spec
         self._broken: JobError | None = None
+        self._samplings: dict[str, Sampling] = {}
         self._stats = ReplicaStats(replica=uuid.uuid4().hex[:8], device=job.device)
         try:
             loaded = load_engine(job)
@@ -160,28 +167,48 @@ class Replica:
         by_row: list[list[Answer]] = [[] for _ in range(rows.num_rows)]
         for request in requests:
             by_row[request.id.row].append(answers[request.id])
-        answered = row_layout.answered(rows, by_row, self._spec.sampling)
+        answered = row_layout.answered(rows, by_row, self._spec)
         facts = dataclasses.replace(facts, replica=self._measured())
         return pack(chunk, row_layout.with_facts(answered, facts))
 
     def _requests(self, chunk: int, rows: pa.Table) -> list[Request]:
         """Return the requests of each row that has no error yet: one for each of its samples."""
-        sampling = self._spec.sampling
-        ids = rows["row_id"].to_pylist()
-        prompts = to_token_lists(rows["prompt_ids"])
         return [
-            Request(
-                RequestId(chunk, row, sample),
-                tuple(prompt),
-                sampling,
-                sample_seed(sampling.seed, row_id, sample),
-            )
-            for row, (row_id, prompt, error) in enumerate(
-                zip(ids, prompts, rows["error_type"], strict=True)
+            request
+            for row, (row_id, prompt, ask, error) in enumerate(
+                zip(
+                    rows["row_id"].to_pylist(),
+                    to_token_lists(rows["prompt_ids"]),
+                    row_layout.asks_of(rows),
+                    rows["error_type"],
+                    strict=True,
+                )
             )
             if prompt is not None and not error.is_valid
-            for sample in range(sampling.n)
+            for request in self._requests_of_row(chunk, row, row_id, prompt, ask)
         ]
+
+    def _requests_of_row(
+        self, chunk: int, row: int, row_id: str, prompt: list[int], ask: Ask
+    ) -> Iterator[Request]:
+        sampling = self._sampling(ask)
+        for sample in range(sampling.n if isinstance(ask.want, Write) else 1):
+            seed = sample_seed(sampling.seed, row_id, sample)
+            yield Request(
+                RequestId(chunk, row, sample), tuple(prompt), sampling, seed, want=ask.want
+            )
+
+    def _sampling(self, ask: Ask) -> Sampling:
+        """Return a row's sampling; equal ones are one object, which engines compare quickly."""
+        if not ask.sampling:
+            return self._spec.sampling
+        key = json.dumps(ask.sampling, sort_keys=True)
+        if key not in self._samplings:
+            if len(self._samplings) > MOST_SAMPLINGS:
+                self._samplings.clear()
+            own = self._spec.sampling.model_dump() | ask.sampling
+            self._samplings[key] = Sampling.model_validate(own)
+        return self._samplings[key]
 
     def _measured(self) -> ReplicaStats:
         peak_bytes = self._peak_bytes()

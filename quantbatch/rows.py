@@ -1,6 +1,6 @@
 """The columns of a chunk on its way from the input to the output.
 
-    after rendering   in.<kept column>..., row_id, prompt_ids, error_type, error_message
+    after rendering   in.<kept column>..., row_id, prompt_ids, ask, error_type, error_message
     after answering   in.<kept column>..., row_id, status, error_type, error_message, <the task's>,
                       prompt_tokens
     in the output     <kept column>..., <prefix>row_id, <prefix>status, ..., <prefix>attempt
@@ -21,16 +21,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from quantbatch import tasks
 from quantbatch.errors import InputError, JobError, SpecError
 from quantbatch.records import Counts, ReplicaStats, Status, Trouble
-from quantbatch.tasks import generate
+from quantbatch.wants import read_ask
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from quantbatch.errors import RowError
     from quantbatch.records import Answer, Chunk
-    from quantbatch.spec import JobSpec, Output, Sampling
+    from quantbatch.spec import JobSpec, Output
+    from quantbatch.wants import Ask
 
 KEPT = "in."
 UNREADABLE_FILE = "unreadable_file"
@@ -85,9 +87,21 @@ def row_ids(chunk: Chunk) -> pa.Array:
 
 
 def rendered(
-    kept: pa.Table, ids: pa.Array, prompt_ids: pa.Array, errors: Mapping[int, RowError]
+    kept: pa.Table,
+    ids: pa.Array,
+    prompt_ids: pa.Array,
+    errors: Mapping[int, RowError],
+    asks: pa.Array | None = None,
 ) -> pa.Table:
-    """Put together the rows of a chunk as they go to a replica."""
+    """Put together the rows of a chunk as they go to a replica.
+
+    Args:
+        kept: The input columns that the output carries.
+        ids: Row ids.
+        prompt_ids: Token ids, null where a row has an error.
+        errors: What is wrong with rows.
+        asks: `wants.Ask` as JSON; null where a row asks for nothing of its own.
+    """
     count = len(ids)
     kinds = [errors[i].kind if i in errors else None for i in range(count)]
     messages = [errors[i].message if i in errors else None for i in range(count)]
@@ -95,37 +109,43 @@ def rendered(
     columns |= {
         "row_id": ids,
         "prompt_ids": prompt_ids,
+        "ask": pa.nulls(count, pa.string()) if asks is None else asks,
         "error_type": pa.array(kinds, pa.string()),
         "error_message": pa.array(messages, pa.string()),
     }
     return pa.table(columns)
 
 
-def answered(rows: pa.Table, answers: Sequence[Sequence[Answer]], sampling: Sampling) -> pa.Table:
+def asks_of(rows: pa.Table) -> list[Ask]:
+    """Return what each row of a chunk asks for, as `rendered` noted it."""
+    return [read_ask(text) for text in rows["ask"].to_pylist()]
+
+
+def answered(rows: pa.Table, answers: Sequence[Sequence[Answer]], spec: JobSpec) -> pa.Table:
     """Put the answers beside the rows.
 
     Args:
         rows: A chunk as `rendered` made it.
         answers: The samples of each row, in order; none where the row had an error before it got to
             a model.
-        sampling: The job's.
+        spec: The job.
     """
-    assert {len(samples) for samples in answers} <= {0, sampling.n}, "a row lacks samples"
-    failures = [generate.failure(samples) for samples in answers]
+    asks = asks_of(rows)
+    results = [tasks.result(spec, *each) for each in zip(asks, answers, strict=True)]
+    failures = [result.failure for result in results]
     errors = [
         pa.array([failure and failure.kind for failure in failures], pa.string()),
         pa.array([failure and failure.message for failure in failures], pa.string()),
     ]
-    status = [generate.status(samples) if samples else Status.ERROR for samples in answers]
     columns = {name: rows[name] for name in rows.column_names if name.startswith(KEPT)}
     columns |= {
         "row_id": rows["row_id"],
-        "status": pa.array([value.value for value in status], pa.string()),
+        "status": pa.array([result.status.value for result in results], pa.string()),
         "error_type": pc.coalesce(rows["error_type"], errors[0]),
         "error_message": pc.coalesce(rows["error_message"], errors[1]),
     }
-    names = [described.name for described in generate.fields(sampling)]
-    columns |= dict(zip(names, generate.columns(answers, sampling), strict=True))
+    names = [described.name for described in tasks.fields(spec)]
+    columns |= dict(zip(names, tasks.columns(spec, asks, answers), strict=True))
     columns["prompt_tokens"] = pc.list_value_length(rows["prompt_ids"])
     return pa.table(columns, metadata=rows.schema.metadata)
 
@@ -181,7 +201,7 @@ def output_schema(spec: JobSpec, kept: Sequence[str], schema: pa.Schema) -> pa.S
         pa.field("status", pa.string(), nullable=False),
         pa.field("error_type", pa.string()),
         pa.field("error_message", pa.string()),
-        *generate.fields(spec.sampling),
+        *tasks.fields(spec),
         pa.field("prompt_tokens", pa.int32()),
         pa.field("attempt", pa.string(), nullable=False),
     ]

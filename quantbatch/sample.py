@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from quantbatch.errors import RowError
     from quantbatch.input.listing import Listing
     from quantbatch.model.checkpoint import Checkpoint
-    from quantbatch.records import Completion, Failure
+    from quantbatch.records import Answer
     from quantbatch.spec import JobSpec
 
 
@@ -53,7 +53,7 @@ class Sampled:
     """The whole prompt as the model gets it, with the tokens of its chat template."""
     error: RowError | None = None
     """Why there is no prompt."""
-    answer: Completion | Failure | None = None
+    answer: Answer | None = None
     """None if it was not asked for, or there is an error."""
 
 

@@ -149,8 +149,8 @@ def describe_answers(reference: Said, candidate: Said, bootstrap: Bootstrap) -> 
 
 def _first_difference(ours: Answer, theirs: Answer) -> int | None:
     """Return the place of the first token that differs, from 0; None if there is none."""
-    if isinstance(ours, Failure) or isinstance(theirs, Failure):
-        return None if isinstance(ours, Failure) and isinstance(theirs, Failure) else 0
+    if not isinstance(ours, Completion) or not isinstance(theirs, Completion):
+        return None if type(ours) is type(theirs) else 0
     pairs = zip(ours.token_ids, theirs.token_ids, strict=False)
     differs = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
     if differs is None and len(ours.token_ids) != len(theirs.token_ids):

@@ -14,7 +14,8 @@ from collections import OrderedDict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from quantbatch.records import Completion
+from quantbatch.records import WRITE, Completion
+from quantbatch.wants import Write
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -53,7 +54,7 @@ class Deduplicated:
         """See `Engine`."""
         new = []
         for request in requests:
-            if request.sampling.temperature > 0:
+            if isinstance(request.want, Write) and request.sampling.temperature > 0:
                 new.append(request)
                 continue
             digest = self._digest(request)
@@ -74,7 +75,10 @@ class Deduplicated:
             written = request.sampling.model_dump_json(exclude={"seed", "n"})
             self._settings = request.sampling, written.encode()
         prompt = array("i", request.prompt_ids).tobytes()
-        return hashlib.blake2b(prompt, digest_size=16, key=_key(self._settings[1])).digest()
+        digest = hashlib.blake2b(prompt, digest_size=16, key=_key(self._settings[1]))
+        if request.want != WRITE:
+            digest.update(repr(request.want).encode())
+        return digest.digest()
 
     def has_work(self) -> bool:
         """See `Engine`."""

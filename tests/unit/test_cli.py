@@ -98,7 +98,7 @@ def answer(spec: JobSpec, chunks: slice) -> Job:
             [Completion(RequestId(chunk.id, row), "yes", (5, 6), FinishReason.STOP)]
             for row in range(chunk.rows)
         ]
-        rows = answered(rows, done, spec.sampling)
+        rows = answered(rows, done, spec)
         receipt = commit_chunk(job.ledger.store, chunk.id, rows, job.target)
         for shard in job.ledger.record(receipt):
             published = publish_shard(

@@ -22,7 +22,7 @@ from quantbatch.ledger import (
 )
 from quantbatch.plan import Plan, make_plan
 from quantbatch.records import Completion, Counts, Failure, FinishReason, RequestId
-from quantbatch.spec import JobSpec, Sampling
+from quantbatch.spec import JobSpec
 
 if TYPE_CHECKING:
     from quantbatch.ledger import OutputFormat
@@ -83,7 +83,7 @@ def answers(chunk: Chunk, note: str = "") -> pa.Table:
         done[2] = [Failure(RequestId(chunk.id, 2), "model", "ValueError: no")]
     rendered = rows.rendered(kept, ids, prompts, {})
     rendered = rows.with_facts(rendered, rows.ChunkFacts(chunk.shard, count))
-    return rows.answered(rendered, done, Sampling())
+    return rows.answered(rendered, done, make_spec(Path()))
 
 
 def work(ledger: Ledger, chunks: list[Chunk]) -> None:

@@ -117,7 +117,7 @@ def answers(
     prompts = pa.array([[1]] * count, pa.list_(pa.int32()))
     rendered = rows.rendered(table.select(kept), ids, prompts, errors)
     rendered = rows.with_facts(rendered, rows.ChunkFacts(chunk.shard, count))
-    return rows.answered(rendered, done, spec.sampling)
+    return rows.answered(rendered, done, spec)
 
 
 def found(verdict: Verdict) -> dict[str, int]:

@@ -59,7 +59,12 @@ def table(answers: Sequence[Sequence[Answer]], chosen: Sampling) -> pa.Table:
     ids = pa.array([f"f:{row}" for row in range(count)])
     rendered = rows.rendered(pa.table({"text": ids}), ids, prompts, errors)
     facts = rows.ChunkFacts(0, count)
-    return rows.answered(rows.with_facts(rendered, facts), answers, chosen)
+    return rows.answered(rows.with_facts(rendered, facts), answers, job(chosen))
+
+
+def job(chosen: Sampling) -> JobSpec:
+    fields = {"name": "t", "input": {"uri": "in"}, "model": {"id": "m"}, "output": {"uri": "out"}}
+    return JobSpec.model_validate(fields | {"prompt": {"template": "x"}, "sampling": chosen})
 
 
 def columns_of(chosen: Sampling) -> dict[str, str]:
@@ -154,9 +159,7 @@ def test_an_engine_without_a_model_has_no_log_probabilities() -> None:
 
 @pytest.mark.parametrize("chosen", [sampling(), sampling(n=2), sampling(n=2, logprobs=1)])
 def test_a_chunk_without_an_answer_has_the_columns_too(chosen: Sampling) -> None:
-    fields = {"name": "t", "input": {"uri": "in"}, "model": {"id": "m"}, "output": {"uri": "out"}}
-    spec = JobSpec.model_validate(fields | {"prompt": {"template": "x"}, "sampling": chosen})
-    schema = rows.output_schema(spec, ["text"], pa.schema([("text", pa.string())]))
+    schema = rows.output_schema(job(chosen), ["text"], pa.schema([("text", pa.string())]))
     every: list[Answer] = [failed(0, sample) for sample in range(chosen.n)]
     for samples in ([], every):
         found = rows.output(table([samples], chosen), schema, "", "attempt")
