@@ -155,6 +155,43 @@ def attend_one_row(
     )  # fmt: skip
 
 
+def attend_tree(
+    q_1HND: Tensor,
+    row: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    sees_NN: Tensor,
+    options: AttentionOptions,
+) -> Tensor:
+    """Attend from N candidates' tokens to their row and to each other.
+
+    Args:
+        q_1HND: Their queries.
+        row: Keys and values of the row, (1, K, L, D).
+        new: Keys and values of the tokens themselves, (1, K, N, D).
+        sees_NN: Which of each other they see, themselves included.
+        options: How.
+
+    Returns:
+        The output, (1, H, N, D).
+    """
+    k_1KLD, v_1KLD = (torch.cat(pair, dim=2) for pair in zip(row, new, strict=True))
+    before = row[0].shape[2]
+    sees_NL = torch.cat([sees_NN.new_ones(len(sees_NN), before), sees_NN], dim=1)
+    if options.window is not None:
+        depths_N1 = sees_NN.sum(1, keepdim=True)  # how many of its own path a token sees
+        first_N1 = before + depths_N1 - options.window
+        sees_NL[:, :before] &= torch.arange(before, device=first_N1.device) >= first_N1
+        sees_NL[:, before:] &= depths_N1 - depths_N1.T < options.window
+    groups = q_1HND.shape[1] // k_1KLD.shape[1]
+    if options.softcap:
+        k_1HDL = k_1KLD.repeat_interleave(groups, dim=1).transpose(2, 3)
+        v_1HLD = v_1KLD.repeat_interleave(groups, dim=1)
+        return _softcapped_block(q_1HND, k_1HDL, v_1HLD, sees_NL, options)
+    return scaled_dot_product_attention(
+        q_1HND, k_1KLD, v_1KLD, attn_mask=sees_NL, scale=options.scale, enable_gqa=groups > 1
+    )
+
+
 def _mask(queries: int, tokens: int, window: int | None, device: torch.device) -> Tensor | None:
     """Return the mask of `_sees`; None if it is plain causal, which kernels know by themselves."""
     if queries == tokens and (window is None or window >= tokens):
@@ -175,7 +212,6 @@ def _softcapped(
     """Attend with squashed scores, which no fused kernel knows, as Gemma 2 does; some queries at a
     time, because all scores are there at once.
     """
-    assert options.softcap is not None
     queries, tokens = q_1HQD.shape[2], k_1KLD.shape[2]
     groups = q_1HQD.shape[1] // k_1KLD.shape[1]
     k_1HDL = k_1KLD.repeat_interleave(groups, dim=1).transpose(2, 3)
@@ -184,10 +220,19 @@ def _softcapped(
     for first in range(0, queries, QUERY_BLOCK):
         block = q_1HQD[:, :, first : first + QUERY_BLOCK]
         seen = tokens - queries + first + block.shape[2]
-        scores = torch.matmul(block, k_1HDL[..., :seen]) * options.scale
-        scores = torch.tanh(scores / options.softcap) * options.softcap
         sees = _sees(block.shape[2], seen, options.window, q_1HQD.device)
-        scores = scores.masked_fill(~sees, -torch.inf)
-        weights = scores.softmax(-1, dtype=torch.float32).to(q_1HQD.dtype)
-        outputs.append(torch.matmul(weights, v_1HLD[:, :, :seen]))
+        outputs.append(
+            _softcapped_block(block, k_1HDL[..., :seen], v_1HLD[:, :, :seen], sees, options)
+        )
     return torch.cat(outputs, dim=2)
+
+
+def _softcapped_block(
+    q_1HQD: Tensor, k_1HDL: Tensor, v_1HLD: Tensor, sees_QL: Tensor, options: AttentionOptions
+) -> Tensor:
+    assert options.softcap is not None
+    scores = torch.matmul(q_1HQD, k_1HDL) * options.scale
+    scores = torch.tanh(scores / options.softcap) * options.softcap
+    scores = scores.masked_fill(~sees_QL, -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.float32).to(q_1HQD.dtype)
+    return torch.matmul(weights, v_1HLD)

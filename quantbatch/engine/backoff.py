@@ -9,7 +9,7 @@ larger, so that a limit found by failing is not tried again and again (as TCP do
 
 from __future__ import annotations
 
-from quantbatch.engine.scheduler import Limits
+from quantbatch.engine.pieces import Limits
 
 SMALLEST_STEP_TOKENS = 16
 GOOD_STEPS = 64

@@ -9,6 +9,7 @@ takes its place in the next step, from whatever chunk it comes. The parts:
     forward.py     the model's own forward over the packed tokens
     attention.py   how its attention comes to our cache: slots.py on CPUs, paged.py on cards
     sampling.py    the next token of each row, by its own settings
+    reading.py     what rows get that only read: log-likelihoods, hidden states
     backoff.py     smaller steps when memory runs out
     probe.py       whether a model can run like this at all
 
@@ -20,6 +21,7 @@ CPU there is nothing to overlap.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,9 +37,11 @@ from quantbatch.engine.graphs import RecordedSteps
 from quantbatch.engine.kvstore import send
 from quantbatch.engine.limits import ModelLimits
 from quantbatch.engine.paged import PagedStore
+from quantbatch.engine.pieces import Limits, ReadLimits
 from quantbatch.engine.probe import Probe
+from quantbatch.engine.reading import Readings, numbers
 from quantbatch.engine.sampling import Sampler
-from quantbatch.engine.scheduler import Limits, Scheduler
+from quantbatch.engine.scheduler import Scheduler
 from quantbatch.engine.slots import SlotStore
 from quantbatch.engine.telemetry import Telemetry
 from quantbatch.records import Failure, TokenLogprobs
@@ -49,14 +53,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from quantbatch.engine.kvstore import KvStore
+    from quantbatch.engine.pieces import Piece, Row
+    from quantbatch.engine.reading import Reading
     from quantbatch.engine.sampling import Chosen
-    from quantbatch.engine.scheduler import Piece, Row
     from quantbatch.engine.telemetry import Totals
     from quantbatch.records import Answer, Request
 
 MOST_COPIES = 512
 """Blocks, 8,192 tokens, that are kept for rows to come on a CPU: many beginnings of prompts, and
 256 MiB for a model of 27 million parameters."""
+SCORE_BYTES = 128 * 2**20
+"""What scores of places may take in a step that rows want which only read."""
+SCORE_ITEM_BYTES = 2 + 4
+"""A score as the model gives it, and as float32."""
 NOT_FINITE = (
     "the model's scores are not finite; float16 overflows beyond 65,504: bfloat16 or float32 may"
     " help (model.dtype, model.quantization.compute_dtype)"
@@ -85,10 +94,12 @@ class EngineLimits:
 class Readback:
     """The results of a step on their way to the host, without waiting for them."""
 
-    def __init__(self, chosen: Chosen) -> None:
+    def __init__(self, chosen: Chosen, reading: Reading | None) -> None:
         self._tensors = [chosen.tokens_B, chosen.sound_B]
         if chosen.logprobs is not None:
             self._tensors += chosen.logprobs[1:]
+        if reading is not None:
+            self._tensors += reading.tensors
         self._event: torch.cuda.Event | None = None
         if chosen.tokens_B.device.type == "cuda":
             self._tensors = [_on_its_way(tensor) for tensor in self._tensors]
@@ -96,8 +107,8 @@ class Readback:
             self._event.record()
 
     def wait(self) -> list[list[Any]]:
-        """Return the tokens, whether the scores of each were numbers, and the log-probabilities of
-        those taken, with the likeliest tokens and theirs, if any row asks.
+        """Return the tokens, whether the scores of each were numbers, the log-probabilities of
+        those taken, with the likeliest tokens and theirs, if any row asks, and what rows read.
         """
         if self._event is not None:
             self._event.synchronize()
@@ -110,10 +121,13 @@ def _on_its_way(tensor: Tensor) -> Tensor:
 
 
 class _Launched(NamedTuple):
-    """A step on its way: the rows whose next token it chooses, and those tokens."""
+    """A step on its way: the rows whose next token it chooses, those tokens, and what other rows
+    read.
+    """
 
     rows: list[Row]
     chosen: Chosen
+    reading: Reading | None
     readback: Readback
 
 
@@ -151,7 +165,9 @@ class ContinuousEngine:
             refill_share=limits.refill_share,
             share_prefixes=limits.share_prefixes,
             block_tokens=limits.block_tokens,
+            read_limits=self._read_limits(),
         )
+        self._readings = Readings()
         self._forward = self._make_forward(model)
         self._overlaps = self._device.type == "cuda"
         self._last_tokens_S = torch.zeros(
@@ -166,6 +182,10 @@ class ContinuousEngine:
         """Answers that `step` has yet to return."""
         self._failed: list[Row] = []
         self._flying: _Launched | None = None
+
+    def _read_limits(self) -> ReadLimits:
+        scores = max(16, SCORE_BYTES // (SCORE_ITEM_BYTES * self._model_limits.vocabulary))
+        return ReadLimits(scores, max(1, min(scores, self._limits.step_tokens) // 2))
 
     def _make_forward(self, model: PreTrainedModel) -> Forward:
         probe = Probe(model)
@@ -289,7 +309,7 @@ class ContinuousEngine:
         with torch.inference_mode():
             self._enter(pieces)
             began = time.perf_counter()
-            scores_BV = self._scores(pieces)
+            scores_BV, reading = self._compute(pieces)
             self.telemetry.totals.forward_s += time.perf_counter() - began
             while self._pool.forgotten:
                 self._forward.store.forget(self._pool.forgotten.pop())
@@ -297,19 +317,22 @@ class ContinuousEngine:
                 self._forward.store.keep(row.slot, index, row.blocks[index])
             rows = [piece.row for piece in pieces if piece.samples]
             # `generated` counts the token that is chosen now.
-            chosen = self._sampler.choose(scores_BV, rows, [row.generated - 1 for row in rows])
+            counts = [row.generated - 1 for row in rows]
+            chosen = self._sampler.choose(scores_BV[: len(rows)], rows, counts)
             if self._overlaps:
                 self._last_tokens_S.index_copy_(
                     0, send([row.slot for row in rows], self._device), chosen.tokens_B
                 )
-            return _Launched(rows, chosen, Readback(chosen))
+            return _Launched(rows, chosen, reading, Readback(chosen, reading))
 
-    def _scores(self, pieces: Sequence[Piece]) -> Tensor:
+    def _compute(self, pieces: Sequence[Piece]) -> tuple[Tensor, Reading | None]:
+        """Return the scores of a step, and what rows that only read get of it."""
         if self._recorded is not None and self._recorded.can_run(pieces):
             scores_BV = self._recorded.run(pieces)
             if scores_BV is not None:
-                return scores_BV
-        return self._forward(pieces, self._tokens(pieces))
+                return scores_BV, None
+        output = self._forward(pieces, self._tokens(pieces))
+        return output.scores_BV, self._readings.take(pieces, output)
 
     def _enter(self, pieces: Sequence[Piece]) -> None:
         """Prepare the places of rows that were just admitted."""
@@ -319,7 +342,10 @@ class ContinuousEngine:
             shared = starts[row.slot] // self._limits.block_tokens
             if shared:
                 self._forward.store.use(row.slot, row.blocks[:shared])
-            self._sampler.start(row, self._model_limits.vocabulary)
+            if row.reads:
+                self._readings.start(row)
+            else:
+                self._sampler.start(row, self._model_limits.vocabulary)
         if admitted and self._overlaps:
             slots = send([row.slot for row in admitted], self._device)
             newest = send([row.tokens[-1] for row in admitted], self._device)
@@ -329,11 +355,13 @@ class ContinuousEngine:
         """Return the token ids of a step; those that are not read yet come from the device."""
         ids: list[int] = []
         unread: list[tuple[int, int]] = []
-        for row, start, end, _ in pieces:
+        for row, start, end, *_ in pieces:
             ids += row.tokens[start:end]
             if end > len(row.tokens):
                 unread.append((len(ids), row.slot))
                 ids.append(0)
+        for piece in pieces:
+            ids += piece.group.tokens if piece.group else ()
         tokens_T = send(ids, self._device)
         if unread:
             places, slots = (send(column, self._device) for column in zip(*unread, strict=True))
@@ -357,18 +385,29 @@ class ContinuousEngine:
 
     def _land(self, launched: _Launched) -> None:
         """Read the tokens of a step and end the rows that are done."""
-        tokens, sound, *logprobs = launched.readback.wait()
-        self._note_logprobs(launched, logprobs)
+        tokens, sound, *others = launched.readback.wait()
+        if launched.chosen.logprobs is not None:
+            self._note_logprobs(launched, others[:3])
+            del others[:3]
+        if launched.reading is not None:
+            for row, answer in self._readings.land(launched.reading, others):
+                self._end(row, answer)
         for row, token, is_sound in zip(launched.rows, tokens, sound, strict=True):
             if row.done:
                 self.telemetry.totals.wasted_positions += 1
                 self.telemetry.totals.decode_tokens -= 1
                 continue
             row.tokens.append(token)
-            answer = self._answer(row, token) if is_sound else _failure(row, NOT_FINITE)
-            if answer is not None:
-                self._scheduler.finish(row)
-                self._ready.append(answer)
+            ending = self._answer(row, token) if is_sound else _failure(row, NOT_FINITE)
+            if ending is not None:
+                self._end(row, ending)
+
+    def _end(self, row: Row, answer: Answer) -> None:
+        if not all(map(math.isfinite, numbers(answer))):
+            answer = _failure(row, NOT_FINITE)
+        self._readings.forget(row)
+        self._scheduler.finish(row)
+        self._ready.append(answer)
 
     def _answer(self, row: Row, token: int) -> Answer | None:
         """Return a row's answer if this token ends it."""
@@ -395,8 +434,7 @@ class ContinuousEngine:
 
     def _note_logprobs(self, launched: _Launched, columns: list[list[Any]]) -> None:
         found = launched.chosen.logprobs
-        if found is None:
-            return
+        assert found is not None
         for place, chosen, ids, values in zip(found.rows, *columns, strict=True):
             row = launched.rows[place]
             wanted = row.request.sampling.logprobs
@@ -424,6 +462,7 @@ class ContinuousEngine:
         """See `Engine`."""
         failed, self._failed = self._failed, []
         for row in failed:
+            self._readings.forget(row)
             self._scheduler.remove(row)
         return [row.request for row in failed]
 

@@ -6,16 +6,20 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from quantbatch.records import Completion, FinishReason, Request
+from quantbatch.records import Completion, Embedded, FinishReason, Ranked, Request, Scored
+from quantbatch.wants import Embed, Rank, Score
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+
+    from quantbatch.records import Answer
 
 DEFAULT_BATCH_SIZE = 1024
 
 
 class EchoEngine:
-    """Answers each prompt with the beginning of its own tokens.
+    """Answers each prompt with the beginning of its own tokens; every token is as likely as any
+    other, and a vector is the number of the prompt's tokens.
 
     Args:
         decode: Turns a batch of token id sequences into texts.
@@ -43,7 +47,7 @@ class EchoEngine:
         """See `Engine`."""
         return bool(self._queue)
 
-    def step(self) -> Sequence[Completion]:
+    def step(self) -> Sequence[Answer]:
         """See `Engine`; never raises."""
         if self._step_s:
             time.sleep(self._step_s)
@@ -51,10 +55,22 @@ class EchoEngine:
         answers = [request.prompt_ids[: request.sampling.max_new_tokens] for request in batch]
         texts = self._decode(list(answers))
         return [
-            Completion(request.id, text, answer, FinishReason.STOP)
+            _answer(request, Completion(request.id, text, answer, FinishReason.STOP))
             for request, answer, text in zip(batch, answers, texts, strict=True)
         ]
 
     def evict(self) -> Sequence[Request]:
         """See `Engine`; a step never fails, so there is nothing to give back."""
         return []
+
+
+def _answer(request: Request, completion: Completion) -> Answer:
+    match request.want:
+        case Rank(candidates=candidates):
+            return Ranked(request.id, tuple((-1.0,) * len(ids) for ids in candidates))
+        case Score(first=first):
+            return Scored(request.id, (-1.0,) * (len(request.prompt_ids) - first))
+        case Embed():
+            return Embedded(request.id, (float(len(request.prompt_ids)),))
+        case _:
+            return completion

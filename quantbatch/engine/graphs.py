@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from quantbatch.engine.forward import Forward
     from quantbatch.engine.paged import PagedStore
-    from quantbatch.engine.scheduler import Piece
+    from quantbatch.engine.pieces import Piece
 
 logger = logging.getLogger(__name__)
 

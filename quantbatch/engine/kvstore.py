@@ -36,6 +36,15 @@ class Span(NamedTuple):
     """Where the piece begins in the packed sequence."""
     blocks: Sequence[int]
     """The row's blocks, in order."""
+    parents: Sequence[int] = ()
+    """If these are tokens of candidates, the place among them of the one before each, -1 for the
+    row's last: each sees the row, those before it and itself, and none is kept. Such spans come
+    last."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the piece has."""
+        return self.end - self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +88,12 @@ class KvStore(Protocol):
     def forget(self, block: int) -> None:
         """Note that a block is kept no longer."""
         ...
+
+
+def sees_each_other(parents: Sequence[int]) -> Tensor:
+    """Return which of candidates' tokens each of them sees, (N, N): its path and itself."""
+    sees_NN = torch.eye(len(parents), dtype=torch.bool)
+    for place, parent in enumerate(parents):
+        if parent >= 0:
+            sees_NN[place] |= sees_NN[parent]
+    return sees_NN

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 from typing_extensions import override
 
-from quantbatch.engine.attention import attend_one_row
+from quantbatch.engine.attention import attend_one_row, attend_tree
 from quantbatch.engine.blocks import BLOCK_TOKENS
-from quantbatch.engine.kvstore import AttentionOptions, KvStore, Span, send
+from quantbatch.engine.kvstore import AttentionOptions, KvStore, Span, sees_each_other, send
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,6 +68,8 @@ class PagedStore(KvStore):
             (slots + 1, row_blocks), blocks, dtype=torch.int32, device=device
         )
         self._spans: Sequence[Span] = []
+        self._trees: list[tuple[Span, Tensor]] = []
+        """Spans of candidates, with which of each other their tokens see."""
         self._step = _Step(self._table_SW, torch.empty(0, dtype=torch.long, device=device))
         self._copies: dict[torch.device, _Step] = {}
         self._singles = 0
@@ -77,12 +79,15 @@ class PagedStore(KvStore):
 
     @override
     def begin(self, spans: Sequence[Span]) -> None:
+        self._trees = [
+            (span, sees_each_other(span.parents).to(self._device)) for span in spans if span.parents
+        ]
+        self._spans = spans = spans[: len(spans) - len(self._trees)]
         self.update_tables(spans)
-        self._spans = spans
         places = [place for span in spans for place in self._places(span)]
         self._step, self._copies = _Step(self._table_SW, self._send(places)), {}
-        self._singles = sum(span.end - span.start == 1 for span in spans)
-        assert all(s.end - s.start == 1 for s in spans[: self._singles]), "singles come first"
+        self._singles = sum(span.tokens == 1 for span in spans)
+        assert all(span.tokens == 1 for span in spans[: self._singles]), "singles come first"
 
     def begin_singles(self, slots_R: Tensor, positions_R: Tensor, places_R: Tensor) -> None:
         """Prepare for a step of single tokens whose inputs are on the card already."""
@@ -91,7 +96,7 @@ class PagedStore(KvStore):
         count = slots_R.shape[0]
         offsets_R = torch.arange(count, device=self._device)
         ones_R = torch.ones_like(offsets_R)
-        self._spans, self._singles = [], count
+        self._spans, self._trees, self._singles = [], [], count
         queries = paged_attention.Queries(
             slots_R, offsets_R, positions_R, ones_R, paged_attention.SINGLE_ROWS
         )
@@ -135,12 +140,45 @@ class PagedStore(KvStore):
         if layer not in self._pages:
             self._pages[layer] = self._new_pages(k_1KTD), self._new_pages(v_1KTD)
         pages, step = self._pages[layer], self._step_on(q_1HTD.device)
+        kept = step.places_T.shape[0]
         for pages_NPKD, new_1KTD in zip(pages, (k_1KTD, v_1KTD), strict=True):
-            pages_NPKD.flatten(0, 1).index_copy_(0, step.places_T, new_1KTD[0].transpose(0, 1))
+            new_TKD = new_1KTD[0, :, :kept].transpose(0, 1)
+            pages_NPKD.flatten(0, 1).index_copy_(0, step.places_T, new_TKD)
+        outputs = [
+            self._of_tree(pages, step, (q_1HTD, k_1KTD, v_1KTD), tree, options)
+            for tree in self._trees
+        ]
+        if kept:
+            outputs.insert(0, self._of_rows(pages, step, q_1HTD[:, :, :kept], options))
+        return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+
+    def _of_rows(
+        self,
+        pages: tuple[Tensor, Tensor],
+        step: _Step,
+        q_1HTD: Tensor,
+        options: AttentionOptions,
+    ) -> Tensor:
         if not self.has_triton:
             return self._gathered(pages, step, q_1HTD, options)
         with torch.cuda.device(q_1HTD.device):  # Triton launches on the current card
             return self._in_triton(pages, step, q_1HTD[0].transpose(0, 1), options)[None]
+
+    def _of_tree(
+        self,
+        pages: tuple[Tensor, Tensor],
+        step: _Step,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        tree: tuple[Span, Tensor],
+        options: AttentionOptions,
+    ) -> Tensor:
+        """Attend from candidates' tokens, over a copy of their row's pages."""
+        span, sees_NN = tree
+        place = slice(span.offset, span.offset + span.tokens)
+        q_1HND, *new = (x_1HTD[:, :, place] for x_1HTD in qkv)
+        row = self._row(pages, step, span, span.start)
+        sees_NN = sees_NN.to(q_1HND.device)
+        return attend_tree(q_1HND, row, (new[0], new[1]), sees_NN, options).transpose(1, 2)
 
     def _step_on(self, device: torch.device) -> _Step:
         """Return what a card needs to know of the step."""
@@ -215,14 +253,21 @@ class PagedStore(KvStore):
     ) -> Tensor:
         """Attend without Triton: row by row, over a copy of its pages."""
         outputs = []
-        for slot, start, end, offset, blocks in self._spans:
-            table = step.table_SW[slot, : len(blocks)].long()
-            k_1KLD, v_1KLD = (
-                pages_NPKD[table].flatten(0, 1)[None, :end].transpose(1, 2) for pages_NPKD in pages
-            )
-            q_1HQD = q_1HTD[:, :, offset : offset + end - start]
+        for span in self._spans:
+            k_1KLD, v_1KLD = self._row(pages, step, span, span.end)
+            q_1HQD = q_1HTD[:, :, span.offset : span.offset + span.tokens]
             outputs.append(attend_one_row(q_1HQD, k_1KLD, v_1KLD, options).transpose(1, 2))
         return torch.cat(outputs, dim=1)
+
+    def _row(
+        self, pages: tuple[Tensor, Tensor], step: _Step, span: Span, tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return a copy of a row's first keys and values, (1, K, L, D)."""
+        table = step.table_SW[span.slot, : -(-tokens // self._page)].long()
+        keys, values = (
+            pages_NPKD[table].flatten(0, 1)[None, :tokens].transpose(1, 2) for pages_NPKD in pages
+        )
+        return keys, values
 
     # ---- shared blocks are where they are
 

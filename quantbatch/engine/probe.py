@@ -14,7 +14,7 @@ import torch
 
 from quantbatch.engine.attention import UnsupportedModelError
 from quantbatch.engine.blocks import blocks_for
-from quantbatch.engine.scheduler import Piece, Row
+from quantbatch.engine.pieces import Piece, Row
 from quantbatch.records import Request, RequestId
 from quantbatch.spec import Sampling
 
@@ -93,7 +93,7 @@ class Probe:
         pieces = [Piece(rows[i], start, end, samples=True) for i, start, end in step]
         tokens_T = torch.cat([self._ids[i][start:end] for i, start, end in step])
         with torch.inference_mode():
-            scores_BV = forward(pieces, tokens_T.to(self._device)).float()
+            scores_BV = forward(pieces, tokens_T.to(self._device)).scores_BV.float()
         plain_BV = torch.stack([self._plain[i][end - 1] for i, _, end in step])
         return _relative(scores_BV - plain_BV, plain_BV)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantbatch.engine.ends import Endings
-    from quantbatch.engine.scheduler import Row
+    from quantbatch.engine.pieces import Row
     from quantbatch.spec import Sampling
 
 

@@ -18,6 +18,10 @@ its cache is computed again later. The oldest row always gets on, so the work al
 
 `length` of a row may be ahead of the tokens that are known: on a card the next step is launched
 before the last one's tokens have been read.
+
+Some rows only read (`wants.Rank`, `Score`, `Embed`): they never get longer, and leave when all of
+their prompt, and of their tree of candidates, is computed. Scores of many places at once take much
+memory, so a step has a budget of them too.
 """
 
 from __future__ import annotations
@@ -25,80 +29,23 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from quantbatch.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for, prefix_digests
+from quantbatch.engine.pieces import Budget, Piece, ReadLimits, Row, first_read
+from quantbatch.engine.trees import grow
+from quantbatch.wants import Rank, Score, Write
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from quantbatch.records import Request, TokenLogprobs
+    from quantbatch.engine.pieces import Limits
+    from quantbatch.records import Request
 
 PASSED_OVER_AT_MOST = 256
 """Rows of the queue looked at in one step behind one that waits for a neighbour's blocks."""
 ANSWERS_TO_TRUST = 16
 """Finished rows after which their mean length says more than max_new_tokens."""
-
-
-@dataclass(eq=False, slots=True)
-class Row:
-    """A request on its way through the engine."""
-
-    request: Request
-    order: tuple[int, int, int]
-    """Its place in the queue: which `add` it came with, then the longer ones first."""
-    tokens: list[int]
-    """Prompt and answer as far as they are known."""
-    limit: int
-    """Most tokens it may have, prompt and answer together."""
-    length: int
-    """Tokens it has, those that are still being chosen on the device included."""
-    computed: int = 0
-    """Tokens whose keys and values are in the cache, or will be when launched steps are done."""
-    once_computed: int = 0
-    """The most that `computed` ever was: what is computed below it is computed again."""
-    blocks: list[int] = field(default_factory=list)
-    slot: int = -1
-    """Its place in the batch; -1 while it waits."""
-    digests: list[bytes] = field(default_factory=list)
-    """Of its prompt's full blocks."""
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    done: bool = False
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Length of the prompt."""
-        return len(self.request.prompt_ids)
-
-    @property
-    def generated(self) -> int:
-        """Tokens of the answer so far, those still being chosen included."""
-        return self.length - self.prompt_tokens
-
-
-class Piece(NamedTuple):
-    """Tokens `start` to `end` of a row, computed in one step."""
-
-    row: Row
-    start: int
-    end: int
-    samples: bool
-    """Whether the row's next token is chosen after this piece: it is, after the newest one."""
-
-    @property
-    def tokens(self) -> int:
-        """How many there are."""
-        return self.end - self.start
-
-
-class Limits(NamedTuple):
-    """What a step may take at most; both shrink when memory runs out."""
-
-    rows: int
-    """Rows that run at once."""
-    step_tokens: int
-    """Tokens computed in one step."""
 
 
 class Scheduler:
@@ -111,6 +58,7 @@ class Scheduler:
             On a card a step with prompts in it costs more than one without, whatever they are.
         share_prefixes: Whether rows whose prompts begin alike share those blocks.
         block_tokens: Tokens of a block.
+        read_limits: What rows that only read may take of a step.
     """
 
     def __init__(
@@ -121,7 +69,9 @@ class Scheduler:
         refill_share: float = 0.0,
         share_prefixes: bool = True,
         block_tokens: int = BLOCK_TOKENS,
+        read_limits: ReadLimits | None = None,
     ) -> None:
+        self._read_limits = read_limits or ReadLimits()
         self.pool = pool
         self.running: list[Row] = []
         """Oldest first."""
@@ -167,11 +117,15 @@ class Scheduler:
         self._refilling = True
         for request in requests:
             length = len(request.prompt_ids)
-            limit = min(length + request.sampling.max_new_tokens, context_tokens or 1 << 62)
+            new = request.sampling.max_new_tokens if isinstance(request.want, Write) else 0
+            limit = min(length + new, context_tokens or 1 << 62)
             order = self._adds, length - limit, -length
             row = Row(request, order, list(request.prompt_ids), limit, length)
+            if isinstance(request.want, Rank):
+                row.tree = grow(request.want.candidates, self._read_limits.most_nodes)
             if self._share:
-                row.digests = prefix_digests(request.prompt_ids, self._block_tokens)
+                shared = first_read(request) // self._block_tokens
+                row.digests = prefix_digests(request.prompt_ids, self._block_tokens)[:shared]
             self._queue(row)
         self._sort()
 
@@ -182,8 +136,9 @@ class Scheduler:
     def finish(self, row: Row) -> None:
         """Take out a row that is answered."""
         row.done = True
-        self._answers += 1
-        self._answer_tokens += row.generated
+        if not row.reads:
+            self._answers += 1
+            self._answer_tokens += row.generated
         self.remove(row)
 
     def remove(self, row: Row) -> None:
@@ -220,7 +175,7 @@ class Scheduler:
         # All of them: what a failed step computed was never kept, and never comes.
         self._coming.difference_update(row.digests)
         self._left += 1
-        row.slot, row.blocks, row.computed = -1, [], 0
+        row.slot, row.blocks, row.computed, row.next_group = -1, [], 0, 0
 
     def undo(self, pieces: Iterable[Piece]) -> None:
         """Put back the rows of a step that failed before it chose any token."""
@@ -241,38 +196,57 @@ class Scheduler:
             compute until tokens are read.
         """
         self.admitted = []
-        pieces = list(self._of_running(limits))
-        budget = limits.step_tokens - sum(piece.tokens for piece in pieces)
+        budget = Budget(limits.step_tokens, self._read_limits.step_scores)
+        pieces = list(self._of_running(limits, budget))
         pieces += self._of_waiting(limits, budget)
         for piece in pieces:
             self._launched(piece)
         # Stores take rows with one token together.
-        return sorted(pieces, key=lambda piece: piece.tokens > 1)
+        return sorted(pieces, key=lambda piece: piece.end - piece.start != 1)
 
     def _launched(self, piece: Piece) -> None:
         row = piece.row
         self.recomputed_tokens += max(0, min(row.once_computed, piece.end) - piece.start)
         if piece.samples:
             row.length += 1
+        row.next_group += piece.group is not None
         row.computed = piece.end
         row.once_computed = max(row.once_computed, piece.end)
 
-    def _of_running(self, limits: Limits) -> Iterator[Piece]:
+    def _of_running(self, limits: Limits, budget: Budget) -> Iterator[Piece]:
         """Yield pieces of running rows, oldest first: a row that is put back on the way is then
         younger than all that have their pieces.
         """
         while len(self.running) > limits.rows:
             self._preempt(self.running[-1])
-        budget = limits.step_tokens
         for place, row in enumerate(list(self.running)):
-            if row.slot < 0 or row.length >= row.limit or not budget:
+            if row.slot < 0 or not budget.tokens or self._has_nothing_to_do(row):
                 continue
             # A prompt leaves each row behind it the one token that it needs to go on.
             behind = max(0, len(self.running) - place - 1)
-            end = self._piece_end(row, max(1, budget - behind))
-            if self._take_blocks(row, end):
-                budget -= end - row.computed
-                yield Piece(row, row.computed, end, end == row.length)
+            piece = self._piece(row, max(1, budget.tokens - behind), budget)
+            if piece is not None and self._take_blocks(row, piece.end):
+                budget.take(piece)
+                yield piece
+
+    @staticmethod
+    def _has_nothing_to_do(row: Row) -> bool:
+        return row.is_read if row.reads else row.length >= row.limit
+
+    def _piece(self, row: Row, tokens: int, budget: Budget) -> Piece | None:
+        """Return what of a row is computed next, at most so many tokens; None if nothing can be."""
+        end = self._piece_end(row, tokens)
+        if isinstance(row.request.want, Score):
+            end = min(end, max(row.computed, first_read(row.request)) + budget.scores)
+        piece = Piece(row, row.computed, end, end == row.length and not row.reads)
+        if row.tree is None or end < row.length:
+            return piece if end > row.computed else None
+        if row.next_group < len(row.tree.groups):
+            whole = piece._replace(group=row.tree.groups[row.next_group])
+            # A step that has nothing else takes a group whatever its size: the work must end.
+            if budget.is_whole or (whole.tokens <= tokens and whole.scores <= budget.scores):
+                return whole
+        return piece if piece.tokens and piece.scores <= budget.scores else None
 
     def _piece_end(self, row: Row, budget: int) -> int:
         """Return where a row's next piece ends: before tokens that fewer waiting rows have, too.
@@ -303,7 +277,7 @@ class Scheduler:
         self.preemptions += 1
         self.put_back(row)
 
-    def _of_waiting(self, limits: Limits, budget: int) -> Iterator[Piece]:
+    def _of_waiting(self, limits: Limits, budget: Budget) -> Iterator[Piece]:
         """Admit rows while there are places, blocks and tokens left in the step's budget."""
         enough = int(self._refill_share * limits.rows)
         if self.running and not self._refilling and self._left < enough:
@@ -311,7 +285,13 @@ class Scheduler:
         self._left = 0
         free = min(len(self._free_slots), limits.rows - len(self.running))
         passed_over: list[Row] = []
-        while free > 0 and budget > 0 and self._waiting and len(passed_over) < PASSED_OVER_AT_MOST:
+        while (
+            free > 0
+            and budget.tokens > 0
+            and budget.scores > 0
+            and self._waiting
+            and len(passed_over) < PASSED_OVER_AT_MOST
+        ):
             row = self._waiting.pop()
             if self._must_wait(row):
                 passed_over.append(row)
@@ -321,14 +301,16 @@ class Scheduler:
                 self._refilling = False
                 break
             self._admit(row)
-            end = self._piece_end(row, budget)
-            taken = self._take_blocks(row, end)
-            assert taken, "a row was admitted without room for its prompt"
-            budget -= end - row.computed
             free -= 1
-            yield Piece(row, row.computed, end, end == row.length)
+            piece = self._piece(row, budget.tokens, budget)
+            if piece is None:
+                continue
+            taken = self._take_blocks(row, piece.end)
+            assert taken, "a row was admitted without room for its prompt"
+            budget.take(piece)
+            yield piece
         else:
-            self._refilling = budget <= 0 or bool(passed_over)
+            self._refilling = min(budget.tokens, budget.scores) <= 0 or bool(passed_over)
         self._waiting += reversed(passed_over)
 
     def _must_wait(self, row: Row) -> bool:
@@ -374,7 +356,7 @@ class Scheduler:
         Yields:
             The row and the number of the block within it, for each block that is kept now.
         """
-        for row, start, end, _ in pieces:
+        for row, start, end, *_ in pieces:
             filled = range(start // self._block_tokens, end // self._block_tokens)
             for index in filled[: max(0, len(row.digests) - filled.start)]:
                 digest = row.digests[index]

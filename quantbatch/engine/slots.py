@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 import torch
 from typing_extensions import override
 
-from quantbatch.engine.attention import attend_one_row
+from quantbatch.engine.attention import attend_one_row, attend_tree
 from quantbatch.engine.blocks import BLOCK_TOKENS
-from quantbatch.engine.kvstore import AttentionOptions, KvStore, Span
+from quantbatch.engine.kvstore import AttentionOptions, KvStore, Span, sees_each_other
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -84,6 +84,8 @@ class SlotStore(KvStore):
         self._slots, self._page = slots, block_tokens
         self._layers: dict[int, _Layer] = {}
         self._spans: Sequence[Span] = []
+        self._trees: list[tuple[Span, Tensor]] = []
+        """Spans of candidates, with which of each other their tokens see."""
         self._singles = torch.empty(0, dtype=torch.long)
         self._single_slots = self._single_places = self._singles
         self._tokens = 0
@@ -92,12 +94,13 @@ class SlotStore(KvStore):
 
     @override
     def begin(self, spans: Sequence[Span]) -> None:
-        self._spans = spans
-        singles = [span for span in spans if span.end - span.start == 1]
+        self._trees = [(span, sees_each_other(span.parents)) for span in spans if span.parents]
+        self._spans = spans = spans[: len(spans) - len(self._trees)]
+        singles = [span for span in spans if span.tokens == 1]
         self._singles = torch.tensor([span.offset for span in singles], dtype=torch.long)
         self._single_slots = torch.tensor([span.slot for span in singles], dtype=torch.long)
         self._single_places = torch.tensor([span.start for span in singles], dtype=torch.long)
-        self._reserve(max(span.end for span in spans))
+        self._reserve(max((span.end for span in spans), default=0))
         self._ends |= {span.slot: span.end for span in spans}
 
     def _reserve(self, tokens: int) -> None:
@@ -118,13 +121,22 @@ class SlotStore(KvStore):
         self._write(keys_SKLD, k_1KTD)
         self._write(values_SKLD, v_1KTD)
         outputs = []
-        for slot, start, end, offset, _ in self._spans:
+        for slot, start, end, offset, *_ in self._spans:
             q_1HQD = q_1HTD[:, :, offset : offset + end - start]
             k_1KLD, v_1KLD = (
                 keys_SKLD[slot : slot + 1, :, :end],
                 values_SKLD[slot : slot + 1, :, :end],
             )
             outputs.append(attend_one_row(q_1HQD, k_1KLD, v_1KLD, options).transpose(1, 2))
+        for span, sees_NN in self._trees:
+            place = slice(span.offset, span.offset + span.tokens)
+            k_1KLD, v_1KLD = (
+                slots_SKLD[span.slot : span.slot + 1, :, : span.start]
+                for slots_SKLD in (keys_SKLD, values_SKLD)
+            )
+            new = k_1KTD[:, :, place], v_1KTD[:, :, place]
+            out_1HND = attend_tree(q_1HTD[:, :, place], (k_1KLD, v_1KLD), new, sees_NN, options)
+            outputs.append(out_1HND.transpose(1, 2))
         return torch.cat(outputs, dim=1)
 
     def _write(self, slots_SKLD: Tensor, new_1KTD: Tensor) -> None:
@@ -132,7 +144,7 @@ class SlotStore(KvStore):
         new_TKD = new_1KTD[0].transpose(0, 1)
         if len(self._singles):
             slots_SKLD[self._single_slots, :, self._single_places] = new_TKD[self._singles]
-        for slot, start, end, offset, _ in self._spans:
+        for slot, start, end, offset, *_ in self._spans:
             if end - start > 1:
                 slots_SKLD[slot, :, start:end] = new_1KTD[0, :, offset : offset + end - start]
 

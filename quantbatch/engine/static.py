@@ -20,6 +20,7 @@ the vocabulary, K likeliest tokens.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,10 +28,12 @@ import transformers
 from transformers import LogitsProcessor, StoppingCriteria
 from typing_extensions import override
 
+from quantbatch.engine import alone
 from quantbatch.engine.ends import Endings
 from quantbatch.engine.limits import ModelLimits
 from quantbatch.engine.noise import gumbel_noise
 from quantbatch.records import Failure, TokenLogprobs
+from quantbatch.wants import Write
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -69,6 +72,8 @@ class StaticEngine:
         self._limits = ModelLimits.of(model)
         self._queues: dict[tuple[int, str], list[Request]] = {}
         self._refused: list[Failure] = []
+        self._reading: deque[Request] = deque()
+        """Rows that only read, which run one at a time."""
         self._running: Sequence[Request] = []
 
     def add(self, requests: Iterable[Request]) -> None:
@@ -76,6 +81,9 @@ class StaticEngine:
         for request in requests:
             if problem := self._limits.problem(request):
                 self._refused.append(Failure(request.id, "bad_request", problem))
+                continue
+            if not isinstance(request.want, Write):
+                self._reading.append(request)
                 continue
             settings = request.sampling.model_dump_json(exclude={"seed"})
             key = (self._limits.new_tokens(request), settings)
@@ -85,17 +93,21 @@ class StaticEngine:
 
     def has_work(self) -> bool:
         """See `Engine`."""
-        return bool(self._queues or self._refused)
+        return bool(self._queues or self._refused or self._reading)
 
     def step(self) -> Sequence[Answer]:
         """See `Engine`."""
         if self._refused:
             refused, self._refused = self._refused, []
             return refused
-        self._running = self._next_group()
-        completions = self._answer(self._running)
+        if self._reading:
+            self._running = [self._reading.popleft()]
+            answers: Sequence[Answer] = [alone.read(self._model, *self._running)]
+        else:
+            self._running = self._next_group()
+            answers = self._answer(self._running)
         self._running = []
-        return completions
+        return answers
 
     def evict(self) -> Sequence[Request]:
         """See `Engine`."""

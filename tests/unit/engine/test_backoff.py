@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quantbatch.engine.backoff import GOOD_STEPS, MOST_GOOD_STEPS, SMALLEST_STEP_TOKENS, Backoff
-from quantbatch.engine.scheduler import Limits
+from quantbatch.engine.pieces import Limits
 
 MOST = st.builds(Limits, st.integers(1, 300), st.integers(SMALLEST_STEP_TOKENS, 5000))
 

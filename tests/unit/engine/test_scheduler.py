@@ -15,7 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quantbatch.engine.blocks import BlockPool, blocks_for
-from quantbatch.engine.scheduler import Limits, Piece, Row, Scheduler
+from quantbatch.engine.pieces import Limits, Piece, Row
+from quantbatch.engine.scheduler import Scheduler
 from quantbatch.records import Request, RequestId
 from quantbatch.spec import Sampling
 
@@ -206,7 +207,7 @@ class Simulation:
             self.computed[row] = 0
         for row in [row for row in self.computed if row.slot < 0]:
             del self.computed[row]
-        for row, start, end, samples in pieces:
+        for row, start, end, samples, _ in pieces:
             assert row in scheduler.running
             assert not row.done
             assert 0 <= start < end <= len(row.blocks) * page
@@ -240,7 +241,7 @@ class Simulation:
 
     def write(self, pieces: Sequence[Piece]) -> None:
         page = self.setup.block_tokens
-        for row, start, end, _ in pieces:
+        for row, start, end, *_ in pieces:
             for place in range(start, end):
                 self.written[row.blocks[place // page], place % page] = self._hash(row, place)
         for row, index in self.scheduler.keepable(pieces):
