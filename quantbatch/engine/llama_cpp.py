@@ -20,8 +20,8 @@ import torch
 
 from quantbatch.engine.ends import Endings
 from quantbatch.engine.limits import ModelLimits
+from quantbatch.engine.pieces import Row
 from quantbatch.engine.sampling import Sampler
-from quantbatch.engine.scheduler import Row
 from quantbatch.errors import DoesNotFit, ModelError
 from quantbatch.records import Failure, TokenLogprobs
 

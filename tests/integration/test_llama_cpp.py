@@ -13,7 +13,7 @@ pytest.importorskip("llama_cpp", reason="quantbatch[llama-cpp] is not installed"
 import torch
 
 from quantbatch.engine.llama_cpp import LlamaCppEngine, PackedModel, Piece
-from quantbatch.engine.scheduler import Row
+from quantbatch.engine.pieces import Row
 from quantbatch.engine.static import StaticEngine
 from quantbatch.errors import DoesNotFit, ModelError
 from quantbatch.model.checkpoint import open_checkpoint, open_packed_gguf
