@@ -1,16 +1,14 @@
 """A model as files: its configuration, the shapes of its tensors, its chat template.
 
-Nothing here reads a weight or imports torch, and that is enough to plan a job. What can't work is
-refused here too, before anybody waits for a card: weights that are pickles, a shard cut short, a
-model that needs Python code of its own or is no causal language model, and a quantization that
-contradicts the one that the checkpoint has already.
+Nothing here reads a weight or imports torch, and that is enough to plan a job. Weights that are
+pickles and a shard cut short are refused as they are read, what can't work for another reason by
+`refusals.py`, before anybody waits for a card.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib.util
 import math
 import os
 import re
@@ -19,17 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantbatch.errors import ModelError
-from quantbatch.model import formats, gguf, hub, packed
-from quantbatch.model.formats import How, Machine, quant_section
-from quantbatch.model.headers import INDEX_FILE, Header, TensorInfo, few, read_headers, read_json
-from quantbatch.spec import FourBit, Int8, Unquantized
+from quantbatch.model import formats, gguf, hub, refusals
+from quantbatch.model.formats import How, Machine, quant_method, quant_section
+from quantbatch.model.headers import INDEX_FILE, Header, TensorInfo, read_headers, read_json
+from quantbatch.spec import Unquantized
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from quantbatch.model.formats import Capability, Verdict
+    from quantbatch.model.formats import Capability
     from quantbatch.model.gguf import GgufHeader
-    from quantbatch.spec import Model, Quantization
+    from quantbatch.spec import Model
 
 SMALL_FILES = (
     "config.json",
@@ -50,9 +48,6 @@ SMALL_FILES = (
 
 CODE = ("*.py", "**/*.py")
 """Files of a repository that are brought along only if its code may run."""
-
-CAUSAL_ARCHITECTURES = frozenset({"GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "CTRLLMHeadModel"})
-"""Causal language models whose class is not called ...ForCausalLM."""
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 """Names under which configurations give the context, Llama's first."""
@@ -98,7 +93,7 @@ class Checkpoint:
     @property
     def is_native(self) -> bool:
         """Whether transformers has the model's type; else a plan knows its layers by name only."""
-        return _is_native(str(self.config.get("model_type", "")))
+        return refusals.is_native(str(self.config.get("model_type", "")))
 
 
 def open_checkpoint(model: Model, capability: Capability | None = None) -> Checkpoint:
@@ -113,17 +108,17 @@ def open_checkpoint(model: Model, capability: Capability | None = None) -> Check
         ModelError: It is not there, not whole, or can't be loaded as the spec asks.
     """
     checkpoint = find_checkpoint(model)
-    _refuse_foreign_code(checkpoint)
+    refusals.refuse_foreign_code(checkpoint)
     if checkpoint.gguf == "":
-        _refuse_other_tasks(checkpoint)
+        refusals.refuse_other_tasks(checkpoint)
     if checkpoint.quantized is None:
         return checkpoint
     section = quant_section(checkpoint.config)
     found = formats.judge(checkpoint.quantized, section, Machine.this(capability))
     checkpoint = replace(checkpoint, expanded=found.how is How.EXPANDED)
-    _refuse_other_quantization(checkpoint, model)
-    _refuse_format(checkpoint, model, found)
-    _refuse_codes_without_scales(checkpoint)
+    refusals.refuse_other_quantization(checkpoint, model)
+    refusals.refuse_format(checkpoint, model, found)
+    refusals.refuse_codes_without_scales(checkpoint)
     return checkpoint
 
 
@@ -190,7 +185,7 @@ def _open_folder(model: Model, folder: Path) -> Checkpoint:
         tensors=tuple(tensor for header in headers.values() for tensor in header.tensors),
         chat_template=_chat_template(folder),
         context_tokens=_context_tokens(config),
-        quantized=_quant_method(config),
+        quantized=quant_method(config),
         digest=_digest(folder, headers),
     )
 
@@ -244,7 +239,7 @@ def _open_repository(model: Model) -> Checkpoint:
         tensors=snapshot.tensors,
         chat_template=_chat_template(snapshot.folder),
         context_tokens=_context_tokens(config),
-        quantized=_quant_method(config),
+        quantized=quant_method(config),
         digest=snapshot.commit,
         trusted=model.trust_remote_code,
     )
@@ -278,15 +273,6 @@ def _chat_template(folder: Path) -> str | None:
         if isinstance(found, str):
             return found
     return None
-
-
-def _quant_method(config: Mapping[str, Any]) -> str | None:
-    section = quant_section(config)
-    if not section:
-        return None
-    # Checkpoints that transformers saved before 4.32 (August 2023) do not name the method.
-    by_bits = section.get("load_in_4bit") or section.get("load_in_8bit")
-    return str(section.get("quant_method") or ("bitsandbytes" if by_bits else "unknown"))
 
 
 def _digest(folder: Path, headers: Mapping[Path, Header]) -> str:
@@ -338,112 +324,3 @@ def _nearest_folder(path: Path) -> str:
     siblings = [each.name for each in path.parent.iterdir() if each.is_dir()]
     close = difflib.get_close_matches(path.name, siblings, n=1)
     return f"; did you mean {path.parent / close[0]}?" if close else ""
-
-
-def _refuse_foreign_code(checkpoint: Checkpoint) -> None:
-    """Refuse a model that needs code which may not run, or that nobody has pinned."""
-    code = checkpoint.config.get("auto_map") or {}
-    if checkpoint.trusted:
-        elsewhere = [str(place) for place in code.values() if "--" in str(place)]
-        if elsewhere:
-            raise ModelError(
-                f"{checkpoint.id} takes code from another repository, {elsewhere[0]}:"
-                " model.revision does not pin that",
-                "copy the code into a repository of yours, beside the model",
-            )
-        return
-    if "AutoModelForCausalLM" in code and not checkpoint.is_native:
-        pinned = f"model.revision: {checkpoint.commit or 'the commit that you read'}"
-        raise ModelError(
-            f"{checkpoint.id} needs Python code of its own: transformers has no model type"
-            f" {checkpoint.config.get('model_type')!r}",
-            "a newer transformers may know the model; or read the code, and set"
-            f" model.trust_remote_code: true and {pinned}"
-            f"{'' if checkpoint.commit else ', with model.id as the name of a repository'}",
-        )
-
-
-def _is_native(model_type: str) -> bool:
-    """Tell whether the installed transformers has a folder for a model type, without importing it
-    (which takes seconds).
-    """
-    found = importlib.util.find_spec("transformers")
-    roots = (found and found.submodule_search_locations) or []
-    folder = model_type.replace("-", "_").removesuffix("_text")
-    return any((Path(root) / "models" / folder).is_dir() for root in roots)
-
-
-def _refuse_other_tasks(checkpoint: Checkpoint) -> None:
-    names = [str(name) for name in checkpoint.config.get("architectures") or []]
-    if not any(name.endswith("ForCausalLM") or name in CAUSAL_ARCHITECTURES for name in names):
-        raise ModelError(
-            f"{checkpoint.id} is no causal language model: its architectures are"
-            f" {', '.join(names) or 'not given'}",
-            "quantbatch runs models whose config.json names an architecture like LlamaForCausalLM",
-        )
-
-
-def _refuse_format(checkpoint: Checkpoint, model: Model, found: Verdict) -> None:
-    """Refuse what can't be loaded here, or not without taking more than the job allows."""
-    problem = f"{checkpoint.id} is quantized with {checkpoint.quantized}"
-    match found.how:
-        case How.REFUSED:
-            raise ModelError(f"{problem} and can't be loaded here: {found.reason}", found.remedy)
-        case How.EXPANDED if not model.allow_dequantize:
-            raise ModelError(f"{problem}: {found.reason}", formats.ALLOW)
-        case How.EXPANDED | How.AS_IS:
-            pass
-
-
-def _refuse_codes_without_scales(checkpoint: Checkpoint) -> None:
-    alone = (
-        list(packed.without_partner(checkpoint)) if checkpoint.quantized in packed.PAIRED else []
-    )
-    if alone:
-        raise ModelError(
-            f"{checkpoint.id} has codes without scales, or scales without codes: {few(alone)}",
-            "config.json and weights do not belong together: fetch the model again",
-        )
-
-
-def _refuse_other_quantization(checkpoint: Checkpoint, model: Model) -> None:
-    """Refuse to quantize what is quantized already, unless the spec asks for just what is there."""
-    if model.bits == "auto":
-        return
-    asked = model.resolved().quantization
-    assert asked is not None
-    if isinstance(asked, Unquantized) and (model.bits is None or checkpoint.expanded):
-        return
-    stored = stored_quantization(checkpoint.config)
-    if stored is None or _scheme(stored) != _scheme(asked):
-        there = _scheme(stored) if stored else checkpoint.quantized
-        wanted = f"{model.bits} bits ({_scheme(asked)})" if model.bits else _scheme(asked)
-        raise ModelError(
-            f"{checkpoint.id} is quantized already ({there}), but the job asks for {wanted}",
-            "leave out model.bits and model.quantization to load it as it is, or give the original"
-            " model",
-        )
-
-
-def stored_quantization(config: Mapping[str, Any]) -> Quantization | None:
-    """Return how bitsandbytes quantized a checkpoint; None if it did not."""
-    if _quant_method(config) != "bitsandbytes":
-        return None
-    section = quant_section(config)
-    if not section.get("load_in_4bit"):
-        return Int8(threshold=float(section.get("llm_int8_threshold", 6.0)))
-    return FourBit(
-        kind=section.get("bnb_4bit_quant_type", "fp4"),
-        double_quant=bool(section.get("bnb_4bit_use_double_quant", False)),
-    )
-
-
-def _scheme(quantization: Quantization) -> str:
-    """Name what of a quantization is in the weights; compute type and skip list are not."""
-    match quantization:
-        case Unquantized():
-            return "no quantization"
-        case Int8():
-            return "bitsandbytes int8"
-        case FourBit(kind=kind, double_quant=double_quant):
-            return f"bitsandbytes {kind}{' with double quantization' if double_quant else ''}"

@@ -20,7 +20,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from quantbatch.errors import ModelError
-from quantbatch.model.checkpoint import stored_quantization
+from quantbatch.model.formats import stored_quantization
 from quantbatch.model.packed import code_bytes, code_count, dense_tensors
 from quantbatch.spec import FourBit, Int8, Unquantized
 

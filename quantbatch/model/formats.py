@@ -24,9 +24,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantbatch.model.gguf import ARCHITECTURES
 from quantbatch.model.headers import few
+from quantbatch.spec import FourBit, Int8
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from quantbatch.spec import Quantization
 
 MODULES = {
     "bitsandbytes": "bitsandbytes",
@@ -178,6 +181,29 @@ def quant_section(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a config.json says on how its weights are quantized; empty if they are not."""
     text = config.get("text_config") or {}
     return config.get("quantization_config") or text.get("quantization_config") or {}
+
+
+def quant_method(config: Mapping[str, Any]) -> str | None:
+    """Return the method that a config.json names; None if its weights are not quantized."""
+    section = quant_section(config)
+    if not section:
+        return None
+    # Checkpoints that transformers saved before 4.32 (August 2023) do not name the method.
+    by_bits = section.get("load_in_4bit") or section.get("load_in_8bit")
+    return str(section.get("quant_method") or ("bitsandbytes" if by_bits else "unknown"))
+
+
+def stored_quantization(config: Mapping[str, Any]) -> Quantization | None:
+    """Return how bitsandbytes quantized a checkpoint; None if it did not."""
+    if quant_method(config) != "bitsandbytes":
+        return None
+    section = quant_section(config)
+    if not section.get("load_in_4bit"):
+        return Int8(threshold=float(section.get("llm_int8_threshold", 6.0)))
+    return FourBit(
+        kind=section.get("bnb_4bit_quant_type", "fp4"),
+        double_quant=bool(section.get("bnb_4bit_use_double_quant", False)),
+    )
 
 
 def judge(method: str, section: Mapping[str, Any], machine: Machine) -> Verdict:

@@ -23,7 +23,6 @@ from quantbatch.engine.blocks import BLOCK_TOKENS, blocks_for
 from quantbatch.errors import DoesNotFit
 from quantbatch.model import footprint
 from quantbatch.model.cards import CARDS
-from quantbatch.model.checkpoint import stored_quantization
 from quantbatch.model.footprint import (
     ITEM_BYTES,
     Part,
@@ -33,6 +32,7 @@ from quantbatch.model.footprint import (
     weigh_layers,
     weight_dtype,
 )
+from quantbatch.model.formats import stored_quantization
 from quantbatch.model.spread import spread
 from quantbatch.spec import ContinuousEngine, FourBit, Int8, Unquantized
 

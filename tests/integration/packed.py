@@ -184,22 +184,28 @@ def words(codes: torch.Tensor, bits: int) -> torch.Tensor:
 # ---- GPTQ and AWQ
 
 
-def gptq(original: Path, bits: int) -> Packed:
+def gptq(original: Path, bits: int, *, form: str = "gptq", by_activity: bool = False) -> Packed:
     """Codes packed along the input, eight to a word at 4 bits; zero points along the output, stored
-    less one; a float16 scale for each group and output; `g_idx` names the group of each input.
+    less one but in the form `gptq_v2`; a float16 scale for each group and output; `g_idx` names the
+    group of each input, which are in any order if they were sorted by activity.
     """
+    less = 0 if form == "gptq_v2" else 1
 
     def one(name: str, weight: torch.Tensor, packed: Packed) -> None:
-        codes, zeros, scales = _asymmetric(weight, bits)
-        rows, groups = codes.shape[0], scales.shape[1]
-        packed.tensors[f"{name}.qweight"] = words(codes.view(rows, -1), bits).T
-        packed.tensors[f"{name}.qzeros"] = words((zeros[..., 0] - 1).T.contiguous(), bits)
+        columns = weight.shape[1]
+        order = torch.randperm(columns) if by_activity else torch.arange(columns)
+        place = order.argsort()
+        codes, zeros, scales = _asymmetric(weight[:, order], bits)
+        dense = ((codes - zeros) * scales.float()).view(weight.shape)
+        packed.tensors[f"{name}.qweight"] = words(codes.view(weight.shape)[:, place], bits).T
+        packed.tensors[f"{name}.qzeros"] = words((zeros[..., 0] - less).T.contiguous(), bits)
         packed.tensors[f"{name}.scales"] = scales[..., 0].T
-        packed.tensors[f"{name}.g_idx"] = torch.arange(groups * GROUP, dtype=torch.int32) // GROUP
-        packed.dense[f"{name}.weight"] = ((codes - zeros) * scales.float()).view(weight.shape)
+        packed.tensors[f"{name}.g_idx"] = (place // GROUP).to(torch.int32)
+        packed.dense[f"{name}.weight"] = dense[:, place]
 
-    return pack(original, one, quant_method="gptq", bits=bits, group_size=GROUP, desc_act=False,
-                sym=False, checkpoint_format="gptq")  # fmt: skip
+    torch.manual_seed(4)
+    return pack(original, one, quant_method="gptq", bits=bits, group_size=GROUP, sym=False,
+                desc_act=by_activity, checkpoint_format=form)  # fmt: skip
 
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

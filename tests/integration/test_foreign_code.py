@@ -179,6 +179,35 @@ def test_code_of_yet_another_repository_is_refused(snapshot: Path, sentinel: Pat
     assert not sentinel.exists()
 
 
+def test_a_tokenizer_s_code_of_another_repository_is_refused(
+    snapshot: Path, sentinel: Path
+) -> None:
+    """Nobody pins it: its newest commit would run."""
+    auto_map = {"AutoTokenizer": [None, "stranger/code--tokenization_own.OwnTokenizer"]}
+    edit(snapshot / "tokenizer_config.json", auto_map=auto_map)
+    with pytest.raises(ModelError, match="stranger/code"):
+        open_checkpoint(trusted())
+    assert not sentinel.exists()
+
+
+def test_a_repository_may_name_itself(snapshot: Path) -> None:
+    """As transformers writes it into what it saves."""
+    edit(snapshot / "config.json", auto_map={k: f"{NAME}--{v}" for k, v in AUTO_MAP.items()})
+    model = trusted(dtype="float32")
+    assert logits(load(open_checkpoint(model), model, "cpu").model).isfinite().all()
+
+
+def test_a_model_with_its_own_code_comes_from_the_cache_of_weights(
+    snapshot: Path, tmp_path: Path
+) -> None:
+    model = trusted(bits=4, cache=str(tmp_path / "cache"))
+    first = load(open_checkpoint(model), model, "cpu")
+    assert any((tmp_path / "cache").rglob("*.safetensors"))
+    again = load(open_checkpoint(model), model, "cpu")
+    assert torch.equal(logits(again.model), logits(first.model))
+    assert type(again.model).__name__ == "OwnForCausalLM"
+
+
 def test_a_folder_can_not_be_pinned(snapshot: Path, sentinel: Path) -> None:
     with pytest.raises(ModelError, match="a folder has no commit to pin"):
         open_checkpoint(Model(id=str(snapshot), revision=COMMIT, trust_remote_code=True))

@@ -53,6 +53,8 @@ EXPANDED: dict[str, Callable[[Path], packed.Packed]] = {
 AS_IS: dict[str, Callable[[Path], packed.Packed]] = {
     "gptq": partial(packed.gptq, bits=4),
     "gptq, 8 bits": partial(packed.gptq, bits=8),
+    "gptq, by activity": partial(packed.gptq, bits=4, by_activity=True),
+    "gptq, version 2": partial(packed.gptq, bits=4, form="gptq_v2"),
     "awq": packed.awq,
 }
 
