@@ -415,17 +415,17 @@ def compare_widths(  # noqa: PLR0913 - an argument for each option
     """Run the same rows through several bit widths and tell what each costs in quality."""
     with _outcome(as_json):
         job = _load(spec, overrides)
-        from quantbatch.compare.job import Choices, compare
+        from quantbatch.compare.job import Choices, compare, compare_there
 
         choices = Choices(bits, rows, reference, gold, with_prompts=prompts)
-        document = compare(job, choices, on_cluster=on_cluster, say=console.note)
-        _show_comparison(document, out or Path("out/compare", job.name), as_json=as_json)
+        folder = out or Path("out/compare", job.name)
+        run = compare_there if on_cluster else compare
+        _show_comparison(run(job, choices, folder, console.note), folder, as_json=as_json)
 
 
 def _show_comparison(document: dict[str, Any], folder: Path, *, as_json: bool) -> None:
     from quantbatch.compare import report
 
-    report.save(document, folder)
     if as_json:
         console.say_document(document)
     else:

@@ -12,6 +12,7 @@ what a width thinks of each token (divergence, which needs few rows), and what i
     divergence.py   what a model thinks of a token, in 64 numbers, and how far two are apart
     statistics.py   intervals by resampling rows, McNemar's test, the rule of three
     figures.py      what is reported of a width
+    kept.py         widths that are done, until the report is written
     report.py       the whole report: JSON, table on a terminal, what may be claimed
     page.py         the same as one HTML file
 

@@ -60,6 +60,17 @@ class Said:
         return sum(len(each.token_ids) for each in done)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One width on all rows."""
+
+    name: str
+    loading: Loading
+    said: Said
+    differences: Differences | None
+    """From the reference; None for the reference itself."""
+
+
 def label_of(answer: Answer) -> str | None:
     """Return what an answer is counted as; None if there is no answer."""
     return answer.text.strip() if isinstance(answer, Completion) else None

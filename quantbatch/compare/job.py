@@ -21,11 +21,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from quantbatch.compare.candidates import Field
+    from quantbatch.compare.figures import Measured
+    from quantbatch.compare.kept import Kept
     from quantbatch.compare.rows import ComparedRows
-    from quantbatch.compare.runner import FirstRun, Measured, Setting
+    from quantbatch.compare.runner import FirstRun, Setting
     from quantbatch.model.checkpoint import Checkpoint
     from quantbatch.spec import JobSpec
 
+Report = dict[str, Any]
+"""A document of JSON types."""
+
+UNFINISHED = "_unfinished"
+"""Folder beside the report for widths that are done, until all are."""
 DEFAULT_BITS = "16,8,4"
 DEFAULT_ROWS = 300
 """If none of 300 labels flips, fewer than 1 % do; 64 rows are enough for the divergence alone."""
@@ -72,44 +79,49 @@ class Outcome:
     device: str
 
 
-def compare(
-    spec: JobSpec, choices: Choices, *, on_cluster: bool = False, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Compare, and return the report as a document.
+def compare(spec: JobSpec, choices: Choices, out: Path, say: Callable[[str], None]) -> Report:
+    """Compare in this process, write the report and return it.
 
     Args:
         spec: The job.
         choices: What to compare.
-        on_cluster: Whether the models run on the job's Ray cluster instead of in this process.
+        out: Folder of the report. Widths that are done are kept there until it is written: after an
+            interruption the same call goes on with the others.
         say: Told what is being done.
 
     Raises:
         JobError: The comparison can't run.
     """
-    from quantbatch.compare.report import describe
-
-    prepared = prepare(spec, choices)
-    run = _measure_there if on_cluster else _measure_here
-    return describe(prepared, run(prepared, str(Path.cwd()), say))
-
-
-def _measure_here(prepared: Prepared, folder: str, say: Callable[[str], None]) -> Outcome:
+    from quantbatch.compare import report
+    from quantbatch.compare.kept import Kept
     from quantbatch.sample import best_device
 
-    device = best_device(prepared.spec)
-    if device == "cpu" and prepared.spec.cluster.gpus_per_replica:
+    prepared = prepare(spec, choices)
+    device = best_device(spec)
+    if device == "cpu" and spec.cluster.gpus_per_replica:
         say("there is no card here: the models run on the CPU")
-    return measure(prepared, device=device, folder=folder, say=say)
+    kept = Kept(out / UNFINISHED, prepared, device)
+    outcome = measure(prepared, device=device, folder=str(Path.cwd()), say=say, kept=kept)
+    document = report.describe(prepared, outcome)
+    report.save(document, out)
+    kept.clear()
+    return document
 
 
-def _measure_there(prepared: Prepared, folder: str, say: Callable[[str], None]) -> Outcome:
+def compare_there(spec: JobSpec, choices: Choices, out: Path, say: Callable[[str], None]) -> Report:
+    """Do the same with the models on the job's Ray cluster; nothing is kept on the way."""
     from quantbatch import cluster
+    from quantbatch.compare import report
 
-    spec = prepared.spec
+    prepared = prepare(spec, choices)
     with cluster.connected(spec.cluster) as session, cluster.explained(spec):
         say(f"the models run on the cluster, on {session.device}")
-        there = partial(measure, prepared, device=session.device, folder=folder, say=_quiet)
-        return cluster.run_once(spec, session.device, there)
+        here = str(Path.cwd())
+        there = partial(measure, prepared, device=session.device, folder=here, say=_quiet)
+        outcome = cluster.run_once(spec, session.device, there)
+    document = report.describe(prepared, outcome)
+    report.save(document, out)
+    return document
 
 
 def _quiet(_: str) -> None:
@@ -149,7 +161,14 @@ def prepare(spec: JobSpec, choices: Choices) -> Prepared:
     )
 
 
-def measure(prepared: Prepared, *, device: str, folder: str, say: Callable[[str], None]) -> Outcome:
+def measure(
+    prepared: Prepared,
+    *,
+    device: str,
+    folder: str,
+    say: Callable[[str], None],
+    kept: Kept | None = None,
+) -> Outcome:
     """Run each width, the reference first; one model at a time.
 
     Args:
@@ -157,6 +176,7 @@ def measure(prepared: Prepared, *, device: str, folder: str, say: Callable[[str]
         device: `cuda` or `cpu`.
         folder: What a relative path of the model is relative to.
         say: Told what is being done.
+        kept: Takes widths that are done, and has those of an interrupted comparison.
 
     Raises:
         JobError: No width fits, or the reference does not run.
@@ -177,13 +197,21 @@ def measure(prepared: Prepared, *, device: str, folder: str, say: Callable[[str]
     first = _first_run(setting, field, say)
     skipped, others = dict(field.skipped), []
     for candidate in (planned.candidate for planned in field.fitting[1:]):
+        done = kept.load(candidate, first.reference.said) if kept else None
+        if done is not None:
+            others.append(done)
+            say(f"{candidate.name}: done before")
+            continue
         began = time.perf_counter()
         try:
-            others.append(run_candidate(setting, candidate, first.reference))
+            measured = run_candidate(setting, candidate, first.reference)
         except (DoesNotFit, ModelError) as error:
             skipped[candidate.name] = error.problem.split("\n", 1)[0]
             say(f"{candidate.name} is skipped: {skipped[candidate.name]}")
             continue
+        others.append(measured)
+        if kept:
+            kept.save(measured, candidate, first.reference.said)
         say(f"{candidate.name}: {len(setting.rows)} rows in {time.perf_counter() - began:.1f} s")
     return Outcome(first.measured, first.again, tuple(others), skipped, device)
 

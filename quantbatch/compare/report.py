@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from quantbatch.compare.figures import Measured
     from quantbatch.compare.job import Outcome, Prepared
-    from quantbatch.compare.runner import Measured
 
 SIGNIFICANT = 0.05
 """Below this p of McNemar's test an accuracy is said to differ."""

@@ -16,7 +16,7 @@ import torch
 
 from quantbatch.compare.candidates import float32_bytes, planned_bits
 from quantbatch.compare.divergence import Beliefs, Differences, differences
-from quantbatch.compare.figures import Loading, Said
+from quantbatch.compare.figures import Loading, Measured, Said
 from quantbatch.compare.scoring import Scorer, Text
 from quantbatch.engine import loading
 from quantbatch.errors import DoesNotFit, ModelError
@@ -39,17 +39,6 @@ BATCH_TOKENS = {"cuda": 4096, "cpu": 1024}
 has given back by then."""
 AGAIN_SHARE = 1 / 3
 """Size of a batch of the noise floor, as a share of the usual one."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One width on all rows."""
-
-    name: str
-    loading: Loading
-    said: Said
-    differences: Differences | None
-    """From the reference; None for the reference itself."""
 
 
 @dataclass(frozen=True)

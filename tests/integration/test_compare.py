@@ -152,6 +152,31 @@ def test_damaged_weights_are_seen_and_one_model_is_there_at_a_time(
 
 
 @pytest.mark.usefixtures("job")
+def test_an_interrupted_comparison_goes_on_with_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, loads = weights.load, list[str]()
+
+    def interrupted(checkpoint: Any, model: Any, device: str, **others: Any) -> Any:
+        loads.append(model.dtype)
+        if len(loads) == 3:
+            raise KeyboardInterrupt
+        return load(checkpoint, model, device, **others)
+
+    monkeypatch.setattr(weights, "load", interrupted)
+    command = ["--json", "--bits", "32,4,16", "--rows", "8"]
+    folder = tmp_path / "out" / "compare" / "widths"
+    assert call(*command).exit_code == 130
+    assert [path.name for path in folder.glob("_unfinished/*.json")] == ["nf4.json"]
+    again = call(*command)
+    assert "nf4: done before" in again.stderr
+    assert loads[3:] == ["float32", "bfloat16"]
+    assert sorted(path.name for path in folder.iterdir()) == ["compare.json", "index.html"]
+    found = json.loads(again.stdout.splitlines()[-1])
+    assert [width["name"] for width in found["widths"]] == ["fp32", "nf4", "bf16"]
+
+
+@pytest.mark.usefixtures("job")
 @pytest.mark.parametrize("bits", ["16", "8"])
 def test_a_width_differs_from_itself_by_noise_only(bits: str) -> None:
     """By rounding in bf16; and int8 chooses outliers over the whole batch, its padding included."""
