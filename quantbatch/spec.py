@@ -116,7 +116,7 @@ class Model(Section):
     """Which model, and in how many bits."""
 
     id: str
-    """A folder, or the name of a Hugging Face repository."""
+    """A folder, a GGUF file, or the name of a Hugging Face repository."""
     revision: str | None = None
     """Commit, tag or branch of a repository; the commit that it stands for is recorded. Pin a
     commit for anything that runs on a schedule."""

@@ -159,6 +159,11 @@ def find_checkpoint(model: Model) -> Checkpoint:
             " (HF_HUB_OFFLINE=1 where there is no network)",
         )
     if folder.is_file() and folder.suffix == ".gguf":
+        if model.file:
+            raise ModelError(
+                f"model.id {model.id} is a GGUF file already, and model.file names another",
+                "leave out model.file",
+            )
         return _open_gguf(model, folder.resolve())
     if folder.is_dir() and model.file:
         return _open_gguf(model, folder.resolve() / model.file)
@@ -311,7 +316,8 @@ def _sample_offsets(start: int, end: int) -> list[int]:
 
 def _no_such_folder(name: str, path: Path) -> ModelError:
     if path.is_file():
-        return ModelError(f"model.id {name!r} is a file", "give the folder that holds config.json")
+        hint = "give the folder that holds config.json, or a GGUF file"
+        return ModelError(f"model.id {name!r} is a file", hint)
     return ModelError(
         f"model.id {name!r}: there is no such folder",
         f"relative paths begin at {Path.cwd()}{_nearest_folder(path)}",
@@ -321,6 +327,7 @@ def _no_such_folder(name: str, path: Path) -> ModelError:
 def _nearest_folder(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
-    siblings = [each.name for each in path.parent.iterdir() if each.is_dir()]
+    found = path.parent.iterdir()
+    siblings = [each.name for each in found if each.is_dir() or each.suffix == ".gguf"]
     close = difflib.get_close_matches(path.name, siblings, n=1)
     return f"; did you mean {path.parent / close[0]}?" if close else ""

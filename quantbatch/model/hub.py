@@ -111,11 +111,22 @@ def _remote_gguf(name: str, file: str, commit: str) -> gguf.GgufHeader:
 
 
 def fetch_whole(name: str, file: str, commit: str) -> Path:
-    """Bring a file of a repository into the cache; returns where it is."""
-    from huggingface_hub import hf_hub_download
+    """Bring a file of a repository into the cache; returns where it is.
 
-    with _without_progress_bars():
-        return Path(hf_hub_download(name, file, revision=commit))
+    Raises:
+        ModelError: It is not there and can't be fetched.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    try:
+        with _without_progress_bars():
+            return Path(hf_hub_download(name, file, revision=commit))
+    except (HTTPError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{file} of {name} can't be fetched: {type(error).__name__}: {error}",
+            "fetch it where there is a network (hf download), or set HF_HUB_CACHE to where it is",
+        ) from error
 
 
 def _fetch_small_files(model: Model, names: Sequence[str]) -> Path:

@@ -83,6 +83,8 @@ def code_count(tensor: TensorInfo, checkpoint: Checkpoint) -> int:
     """Return how many parameters the codes of a tensor stand for that is kept as it is."""
     if tensor.name.endswith(".qweight"):
         return tensor.numel * 32 // int(quant_section(checkpoint.config).get("bits", 4))
+    if tensor.name.endswith("_blocks"):
+        return tensor.numel * 2
     return tensor.numel if tensor.name.endswith(".weight") else 0
 
 

@@ -184,6 +184,8 @@ def test_damage_is_noticed(models: Path, tmp_path: Path, tiny_tokenizer_folder: 
     (tmp_path / "other.gguf").write_bytes(whole)
     message = refusal(Model(id=str(tmp_path), file="mode.gguf"))
     assert "there are model.gguf, other.gguf" in message
+    assert "leave out model.file" in refusal(Model(id=str(path), file="other.gguf"))
+    assert f"did you mean {path}?" in refusal(Model(id=str(tmp_path / "modle.gguf")))
 
 
 def test_an_architecture_that_is_not_tested_is_refused(
@@ -224,3 +226,6 @@ def test_a_file_of_a_repository_is_loaded_from_the_cache(
     assert torch.equal(found, logits(here)[0])
     original = load_tokenizer(tiny_tokenizer_folder)
     assert tokenizer_of(checkpoint).encode(SENTENCES[0]) == original.encode(SENTENCES[0])
+    gone = dataclasses.replace(checkpoint, gguf="gone.gguf")
+    with pytest.raises(ModelError, match=r"gone\.gguf of somebody/packed can't be fetched"):
+        tokenizer_of(gone)
