@@ -95,16 +95,15 @@ def _record(measured: Measured) -> dict[str, Any]:
 
 
 def _answers(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    return [
-        {"kind": answer.kind, "message": answer.message}
-        if isinstance(answer, Failure)
-        else {
-            "text": answer.text,
-            "token_ids": list(answer.token_ids),
-            "finish_reason": answer.finish_reason.value,
-        }
-        for answer in answers
-    ]
+    return [_answer_record(answer) for answer in answers]
+
+
+def _answer_record(answer: Answer) -> dict[str, Any]:
+    if isinstance(answer, Failure):
+        return {"kind": answer.kind, "message": answer.message}
+    assert isinstance(answer, Completion), "a comparison asks for completions"
+    reason = answer.finish_reason.value
+    return {"text": answer.text, "token_ids": list(answer.token_ids), "finish_reason": reason}
 
 
 def _measured(found: dict[str, Any]) -> Measured:
