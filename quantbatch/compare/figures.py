@@ -41,7 +41,8 @@ class Loading:
     planned_bytes: int
     """With KV cache and workspace."""
     peak_bytes: int
-    """Most memory that loading, answering and scoring took: on a CPU the growth of the process."""
+    """Most memory that loading, answering and scoring took. On a CPU it is the growth of the
+    process, of which later widths need less: they reuse what earlier ones left."""
     load_s: float
 
 

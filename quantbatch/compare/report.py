@@ -234,8 +234,13 @@ def columns_of(document: Mapping[str, Any]) -> dict[str, list[str]]:
         f"same {noun}": lambda width: f"{width['labels']['same']['value']:.1%}",
         "accuracy": lambda width: f"{width['accuracy']['value']['value']:.1%}",
         "  mid-p": lambda width: f"{width['accuracy']['mcnemar_mid_p']:.2g}",
+        "memory planned": lambda width: size(width["memory"]["planned_bytes"]),
+        "  measured": lambda width: size(width["memory"]["peak_bytes"]),
         "tokens/s": lambda width: f"{width['speed']['tokens_per_s']:,.0f}",
     }
+    if document["device"] == "cpu":
+        # Later widths reuse what earlier ones left to the process, so its growth tells little.
+        del shown["memory planned"], shown["  measured"]
     columns = {name: [_cell(cell, width) for width in widths] for name, cell in shown.items()}
     return {name: cells for name, cells in columns.items() if any(cells)}
 

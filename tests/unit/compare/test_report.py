@@ -225,7 +225,8 @@ def test_a_terminal_shows_what_there_is() -> None:
     assert re.split(r" {2,}", header.strip()) == ["fp32", "fp32 again", "nf4", "bf16"]
     names = [re.split(r" {2,}", line.strip())[0] for line in lines]
     assert {"weights", "KL mean", "p99", "differs at", "accuracy", "mid-p"} <= set(names)
-    assert "KL on prompts" not in names
+    assert not {"KL on prompts", "memory planned"} & set(names)
+    assert "memory planned" in printed(document_of() | {"device": "cuda"})
     assert lines[names.index("accuracy")].split() == [
         "accuracy",
         "75.0%",
