@@ -57,9 +57,6 @@ class Session:
 
     device: str
     """What replicas work on: `cuda` or `cpu`."""
-    cards: tuple[str, ...] = ()
-    """Ray's names of the cards that replicas may get, such as `A10G`; those of nodes whose card Ray
-    does not name are missing."""
     stopped_by: str = ""
     """Name of the signal that ended the run."""
 
@@ -85,14 +82,24 @@ def connected(cluster: Cluster) -> Iterator[Session]:
     Raises:
         ClusterError: No cluster answers, or it lacks what the job needs.
     """
+    with joined(cluster):
+        session = Session(_device(cluster))
+        with _settings(), _stopped_by_sigterm(session):
+            yield session
+
+
+@contextlib.contextmanager
+def joined(cluster: Cluster) -> Iterator[None]:
+    """Join or start a Ray cluster, unless this process is in one already.
+
+    Raises:
+        ClusterError: No cluster answers.
+    """
     ours = not ray.is_initialized()
     if ours:
         _init(cluster)
     try:
-        device = _device(cluster)
-        session = Session(device, _cards() if device == "cuda" else ())
-        with _settings(), _stopped_by_sigterm(session):
-            yield session
+        yield
     finally:
         if ours:
             ray.shutdown()
@@ -168,11 +175,16 @@ def _settings() -> Iterator[None]:
             setattr(context, name, value)
 
 
+def _has_cards(cluster: Cluster) -> bool:
+    there: float = ray.cluster_resources().get("GPU", 0)
+    return 0 < cluster.gpus_per_replica <= there
+
+
 def _device(cluster: Cluster) -> str:
     """Choose what replicas work on, and see that the cluster has it."""
     resources = ray.cluster_resources()
     if cluster.gpus_per_replica > 0:
-        if resources.get("GPU", 0) >= cluster.gpus_per_replica:
+        if _has_cards(cluster):
             return "cuda"
         if not cluster.cpu_fallback:
             raise ClusterError(
@@ -190,10 +202,15 @@ def _device(cluster: Cluster) -> str:
     return "cpu"
 
 
-def _cards() -> tuple[str, ...]:
-    """Return the names of the cluster's cards: Ray finds them out on each node (resources and
-    labels), or is told them.
+def card_names(cluster: Cluster) -> tuple[str, ...]:
+    """Return the names of the cards that replicas may get, such as `A10G`, of the cluster that was
+    joined; none if they run on CPUs.
+
+    Ray finds them out on each node, or is told them (resources and labels); those of nodes whose
+    card it does not name are missing.
     """
+    if not _has_cards(cluster):
+        return ()
     found: set[str] = set()
     for node in ray.nodes():
         resources: dict[str, float] = node.get("Resources", {})

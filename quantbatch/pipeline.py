@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from quantbatch.ledger import Published
-    from quantbatch.plan import Shard
+    from quantbatch.plan import Plan, Shard
     from quantbatch.progress import Progress
     from quantbatch.records import Receipt
     from quantbatch.spec import JobSpec
@@ -63,12 +63,15 @@ def run(spec: JobSpec, *, extend: bool = False, progress: Progress | None = None
         return _report(job, figures, nothing_to_do=True)
 
     probe(job.ledger.store)
-    if job.new_generation is not None and not job.ledger.freeze(job.new_generation):
-        return run(spec, extend=extend, progress=progress)  # a rival's plan was first: look again
-    with (
-        _Publisher(job) as publisher,
-        contextlib.closing(_receipts(job, figures, progress)) as receipts,
-    ):
+    with contextlib.ExitStack() as held:
+        if job.new_generation is not None:
+            held.enter_context(cluster.joined(job.spec.cluster))
+            if not _claim(job, job.new_generation):
+                return run(
+                    spec, extend=extend, progress=progress
+                )  # a rival's was first: look again
+        publisher = held.enter_context(_Publisher(job))
+        receipts = held.enter_context(contextlib.closing(_receipts(job, figures, progress)))
         for receipt in receipts:
             if receipt.trouble:
                 raise in_the_end(*receipt.trouble)
@@ -79,6 +82,16 @@ def run(spec: JobSpec, *, extend: bool = False, progress: Progress | None = None
     return _report(job, figures)
 
 
+def _claim(job: Job, plan: Plan) -> bool:
+    """Make the output this job's, by freezing its plan; not if a rival driver was first.
+
+    From then on the output is of this model in these bits. So it is first seen whether they fit the
+    cluster's cards: a user who is told of others must be free to take them.
+    """
+    require_fit(job, cluster.card_names(job.spec.cluster))
+    return job.ledger.freeze(plan)
+
+
 def _receipts(job: Job, figures: RunFigures, progress: Progress) -> Generator[Receipt]:
     """Send every chunk that is still to do through Ray; yield what became of it."""
     items = stages.to_items(job.ledger.undone())
@@ -86,7 +99,7 @@ def _receipts(job: Job, figures: RunFigures, progress: Progress) -> Generator[Re
         return
     with cluster.connected(job.spec.cluster) as session:
         figures.cluster_s = figures.elapsed_s
-        require_fit(job, session.cards)
+        require_fit(job, cluster.card_names(job.spec.cluster))
         progress.started(session.device)
         dataset = _dataset(job, items, session.device)
         with cluster.explained(job.spec):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from quantbatch import sizing
-from quantbatch.cluster import _cards, chunks_in_flight
+from quantbatch.cluster import card_names, chunks_in_flight
 from quantbatch.spec import Cluster
 
 
@@ -52,8 +52,11 @@ def test_the_cards_of_a_cluster_are_those_of_its_live_nodes(
         {"Alive": True, "Resources": {"GPU": 1.0}},
     ]
     monkeypatch.setattr("ray.nodes", lambda: nodes)
-    assert _cards() == ("A10G", "L40S")
-    smallest = sizing.smallest(_cards())
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 4.0})
+    assert card_names(Cluster(gpus_per_replica=0)) == ()
+    assert card_names(Cluster(gpus_per_replica=5, cpu_fallback=True)) == ()
+    assert card_names(Cluster()) == ("A10G", "L40S")
+    smallest = sizing.smallest(card_names(Cluster()))
     assert smallest is not None
     assert smallest.name == "A10G"
     assert sizing.smallest(["AMD-Instinct-MI300X-OAM"]) is None

@@ -137,6 +137,14 @@ def test_live_draws_what_is_being_done() -> None:
     assert "1 of 1..8 replicas" in shown
 
 
+def test_live_says_which_bits_were_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantbatch.progress.describe_choice", lambda _: "bits auto is 4 \x1b[2J")
+    console, file = terminal()
+    with Live(console) as progress:
+        progress.planned(make_job())
+    assert r"bits auto is 4 \x1b[2J" in file.getvalue()
+
+
 def test_live_puts_the_terminal_in_order_when_a_run_fails() -> None:
     console, file = terminal()
     with pytest.raises(KeyboardInterrupt), Live(console) as progress:

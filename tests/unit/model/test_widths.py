@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quantbatch.model.cards import find
 from quantbatch.model.checkpoint import Checkpoint
@@ -154,6 +156,31 @@ def test_windows_are_told_apart_from_what_grows() -> None:
     width = table(gemma)["bf16"]
     assert width.sliding_bytes_per_token == 5 * width.growing_bytes_per_token
     assert width.window_tokens == 32
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    hidden=st.integers(1, 6),
+    mib=st.integers(500, 900),
+    row_tokens=st.integers(1, 1200),
+    packed=st.booleans(),
+)
+def test_the_laws_of_the_table(hidden: int, mib: int, row_tokens: int, packed: bool) -> None:
+    checkpoint = tiny(hidden=64 * hidden, vocab=5000)
+    work = PACKED if packed else STATIC
+
+    def on(mib: int) -> list[Width]:
+        memory = mib * 2**20
+        return every_width(checkpoint, model(bits=4), work, memory, row_tokens=row_tokens)
+
+    for width, larger in zip(on(mib), on(mib + 7), strict=True):
+        assert width.rows is not None
+        assert (width.verdict == "no") == (width.rows == 0)
+        assert (width.verdict == "fits") == (width.rows >= USEFUL_ROWS)
+        assert width.rows == 0 or width.needed_bytes <= mib * 2**20
+        assert width.rows <= (larger.rows or 0)
+        assert 0 <= width.quantized_share < 1
+        assert width.saved_of_16_bits == pytest.approx(2 * width.saved_of_32_bits - 1)
 
 
 # ---- bits: auto
