@@ -37,6 +37,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import time
 import uuid
@@ -259,17 +260,31 @@ class WeightCache:
         return contextlib.nullcontext(folder)
 
     def files(self) -> list[Path]:
-        """Return the files on this node that a load would read now, as far as a look tells."""
+        """Return the files on this node that a load would read now; none if it can't use any."""
         root = local_folder(self.store, self.key)
         if root is None:
-            root, attempts = node_folder("weights"), f"{self.key[:16]}-*"
-        else:
-            attempts = "*"
-        folders = sorted(path for path in root.glob(attempts) if path.is_dir())
-        return sorted(folders[-1].glob("*.safetensors")) if folders else []
+            # What the store has is not looked at: this is asked several times a second.
+            copied = node_folder("weights").glob(f"{self.key[:16]}-*/*.safetensors")
+            return sorted(path for path in copied if path.parent.suffix != ".part")
+        try:
+            record = self._record(self._newest_version())
+        except (FileNotFoundError, DamagedError, StorageError):
+            return []
+        return [root / record.attempt / file.name for file in record.files]
+
+    @property
+    def is_filled_here(self) -> bool:
+        """Whether it is a folder that this node can write to: its replicas then wait for the first
+        one to fill it, which is quicker than quantizing at the same time.
+        """
+        folder = local_folder(self.store, self.key)
+        while folder is not None and not folder.exists():
+            folder = folder.parent
+        return folder is not None and os.access(folder, os.W_OK)
 
     def keep(self, model: PreTrainedModel, version: int) -> None:
-        """Store a quantized model unless another replica of this node is at it; trouble is logged.
+        """Store a quantized model unless another replica has done so, or one of this node is at it;
+        trouble is logged.
 
         Args:
             model: As it was loaded; nothing has run on it yet.
@@ -278,7 +293,7 @@ class WeightCache:
         started = time.monotonic()
         try:
             with locked(node_folder("turns") / f"{self.key}.store", wait=False) as ours:
-                if not ours:
+                if not ours or self._newest_version() >= version:
                     return
                 stored = self.put(model, version)
         except (StorageError, OSError) as error:

@@ -94,15 +94,20 @@ def _quantized(
     stored_config = copy.deepcopy(config)
     stored_config.quantization_config = options.to_dict()
 
+    waits_for_cache = cache is not None and cache.is_filled_here
+
     def files() -> list[Path]:
-        return (cache.files() if cache else []) or weight_files(checkpoint)
+        found = cache.files() if cache else []
+        return found if found or waits_for_cache else weight_files(checkpoint)
 
     found = Found(None)
     with turns.turn(checkpoint.digest, files):
         if cache:
             found = cache.load(lambda folder: read(stored_config, folder=folder))
         loaded = found.model or read(config, quantization_config=options)
-    if cache and found.version:
+        if cache and found.version and waits_for_cache:
+            cache.keep(loaded, found.version)
+    if cache and found.version and not waits_for_cache:
         cache.keep(loaded, found.version)
     return loaded
 

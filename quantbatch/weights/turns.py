@@ -5,7 +5,8 @@ slower: each asks for another place of the files. Once they are in the page cach
 wait. So one replica of a node reads, and the others look every quarter of a second whether the
 files are in memory by now (a read that must not wait for the disk, RWF_NOWAIT, tells) or the first
 one is done. Where that can't be told, such as on some network file systems, they go one after
-another.
+another. With `model.cache` on a disk the others wait for what the first one stores there: loading
+that takes a fraction of quantizing again, and of the memory for files.
 
 The lock is the kernel's (flock) and ends with its holder, however that dies.
 """
@@ -60,7 +61,10 @@ def _wait(held: contextlib.ExitStack, lock: Path, files: Callable[[], Sequence[P
             break
         held.close()
         if not waited:
-            logger.info("another replica of this node reads the weights from the disk: waiting")
+            logger.info(
+                "another replica of this node is the first to load this model: waiting until its"
+                " weights are in memory, or in the cache"
+            )
             waited = True
         time.sleep(LOOK_EVERY_S)
     if waited:

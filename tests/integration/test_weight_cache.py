@@ -196,48 +196,67 @@ def test_too_little_memory_is_no_fault_of_the_cache(
         cached(folder, tmp_path, bits=4)
 
 
-WRITER = """
-import sys, tempfile, torch
-torch.set_num_threads(1)
+REPLICA = """
+import logging, sys, tempfile, time, torch
 from pathlib import Path
+from quantbatch.weights import pretrained
 from tests.integration.test_weight_cache import cached, logits
-tempfile.tempdir = sys.argv[3]
+
+torch.set_num_threads(1)
+logging.basicConfig(level="INFO", stream=sys.stdout)
+folder, cache, tempfile.tempdir, scores = sys.argv[1:]
+real = pretrained.load_pretrained
+
+def slow(*args, **kwargs):
+    print("quantizes" if "quantization_config" in kwargs else "loads", flush=True)
+    time.sleep(0.5)  # the others come meanwhile
+    return real(*args, **kwargs)
+
+pretrained.load_pretrained = slow
 print("ready", flush=True)
 sys.stdin.readline()
-found = cached(Path(sys.argv[1]), sys.argv[2], bits=4)
-torch.save(logits(found.model), sys.argv[4])
+torch.save(logits(cached(Path(folder), cache, bits=4).model), scores)
 """
 
 
-def test_two_processes_that_write_at_once_are_harmless(
+def replicas(folder: Path, tmp_path: Path, nodes: list[str]) -> list[str]:
+    """Load in a process on each of some nodes, at once; return what they said, in no order."""
+    started: list[Any] = []
+    for number, node in enumerate(nodes):
+        (tmp_path / node).mkdir(exist_ok=True)
+        arguments = [folder, tmp_path / "cache", tmp_path / node, tmp_path / f"{number}.pt"]
+        command = [sys.executable, "-c", REPLICA, *map(str, arguments)]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, **pipes))
+    for replica in started:
+        assert replica.stdout.readline() == "ready\n"
+    for replica in started:
+        replica.stdin.write("\n")
+        replica.stdin.flush()
+    said = [replica.communicate(timeout=60)[0] for replica in started]
+    assert [replica.returncode for replica in started] == [0] * len(nodes), said
+    return said
+
+
+def test_two_nodes_that_write_at_once_are_harmless(
     folder: Path, tmp_path: Path, quantizations: list[bool]
 ) -> None:
-    writers: list[Any] = []
-    for number in range(2):  # on nodes of their own
-        (tmp_path / f"node{number}").mkdir()
-        arguments = [
-            folder,
-            tmp_path / "cache",
-            tmp_path / f"node{number}",
-            tmp_path / f"{number}.pt",
-        ]
-        command = [sys.executable, "-c", WRITER, *map(str, arguments)]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        writers.append(subprocess.Popen(command, **pipes))
-    for writer in writers:
-        assert writer.stdout.readline() == b"ready\n"
-    for writer in writers:
-        writer.stdin.write(b"\n")
-        writer.stdin.close()
-    assert [writer.wait(60) for writer in writers] == [0, 0]
-    for writer in writers:
-        writer.stdout.close()
+    said = replicas(folder, tmp_path, ["one", "another"])
+    assert all("quantizes" in each for each in said)
     found = cached(folder, tmp_path / "cache", bits=4)
     assert quantizations == [False]
     for number in range(2):
         assert torch.equal(logits(found.model), torch.load(tmp_path / f"{number}.pt"))
     assert len(list(tmp_path.glob("cache/*/record-*"))) == 1
     assert len(list(tmp_path.glob("cache/*/*/model.safetensors"))) == 1, "the loser's are gone"
+
+
+def test_replicas_of_one_node_wait_for_the_first(folder: Path, tmp_path: Path) -> None:
+    """It quantizes and fills the cache; the other one loads that."""
+    said = replicas(folder, tmp_path, ["node"] * 2)
+    assert sum("quantizes" in each for each in said) == 1
+    assert sum("is the first to load this model: waiting" in each for each in said) == 1
+    assert torch.equal(torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt"))
 
 
 # ---- S3

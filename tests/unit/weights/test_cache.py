@@ -353,6 +353,42 @@ def test_one_replica_of_a_node_stores(store: Store) -> None:
     assert load(cache).model
 
 
+def test_what_is_stored_already_is_not_stored_again(store: Store) -> None:
+    cache = cache_in(store)
+    put(cache, "first")
+
+    class Forbidden(PretendedModel):
+        @override
+        def save_pretrained(self, folder: Path, *, max_shard_size: int) -> None:
+            raise AssertionError("saved")
+
+    cache.keep(cast("Any", Forbidden("second")), 1)
+    assert load(cache).model == "a: first; b: first"
+
+
+def test_files_are_those_of_the_newest_record(store: Store) -> None:
+    cache = cache_in(store)
+    assert cache.files() == []
+    store.put(f"{cache.key}/20300101T000000Z-x/a.safetensors", b"of an attempt under way")
+    assert cache.files() == []
+    for version, text in enumerate(["x", "y"], start=1):
+        put(cache, text, version)
+    assert [path.read_text() for path in cache.files()] == ["a: y", "b: y"]
+    store.put(f"{cache.key}/record-000003.json", b"damaged")
+    assert cache.files() == []
+
+
+def test_where_replicas_wait_for_the_first_to_fill_the_cache(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cache_in(store).is_filled_here
+    put(cache_in(store), "x")
+    assert cache_in(store).is_filled_here
+    assert not cache_in(open_store("s3://bucket/weights", Storage())).is_filled_here
+    monkeypatch.setattr(os, "access", lambda path, mode: not (path.exists() and mode == os.W_OK))
+    assert not cache_in(store).is_filled_here
+
+
 # ---- copies on this node
 
 

@@ -42,7 +42,9 @@ def test_cold_loads_are_one_after_another(caplog: pytest.LogCaptureFixture) -> N
         for thread in threads:
             thread.join()
     assert most == [1]
-    waits = [said for said in caplog.messages if "another replica of this node reads" in said]
+    waits = [
+        said for said in caplog.messages if "another replica of this node is the first" in said
+    ]
     assert len(waits) == 3, "once for each who waited"
 
 
