@@ -136,7 +136,7 @@ def pairs(draw: st.DrawFn) -> tuple[Any, Any, int]:
     return draw(rows), draw(rows), draw(st.integers(1, 13))
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(pairs())
 def test_it_is_a_lower_bound_that_grows_with_the_words(pair: tuple[Any, Any, int]) -> None:
     ours, theirs, top_words = pair
@@ -149,7 +149,7 @@ def test_it_is_a_lower_bound_that_grows_with_the_words(pair: tuple[Any, Any, int
     )
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(pairs())
 def test_nothing_diverges_from_itself(pair: tuple[Any, Any, int]) -> None:
     ours, _, top_words = pair

@@ -7,12 +7,12 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantbatch.compare.statistics import Bootstrap, Interval, mcnemar, rule_of_three
 
-COUNTS = st.integers(0, 9)
+COUNTS = st.integers(0, 6)
 
 
 # ---- McNemar
@@ -28,6 +28,7 @@ def test_mcnemar_by_hand() -> None:
     assert mcnemar(0, 5).mid_p == pytest.approx(1 / 32)
 
 
+@settings(deadline=None)
 @given(COUNTS, COUNTS)
 def test_mcnemar_is_what_all_outcomes_of_the_coins_say(worse: int, better: int) -> None:
     changed = worse + better
