@@ -271,17 +271,18 @@ def _expected(count: int, expected: int, sample: Mapping[str, Any], total: int) 
 
 
 def widths_table(document: Mapping[str, Any]) -> Table:
-    """Return what a model takes in every width, as `documents.describe_width` describes it; sizes
-    in GiB.
+    """Return what `documents.describe_width` describes, in 80 columns: weights, bits a parameter,
+    change against 32 and 16 bits, workspace, context with reserve, tokens of cache left, rows at
+    once. Sizes are in GiB.
     """
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
     table.add_column("kind")
-    heads = ["weights", "bits/param", "vs 32", "vs 16", "workspace", "other", "KV left", "rows"]
+    heads = ["weights", "bits", "vs 32", "vs 16", "work", "other", "KV left", "rows"]
     for head in heads:
         table.add_column(head, justify="right")
-    table.add_column("fits")
+    table.add_column("fits", no_wrap=True)
     for width in document["widths"]:
-        mark = " <- chosen" if width["chosen"] else ""
+        mark = " <-" if width["chosen"] else ""
         left = "-" if not width["kv_tokens"] else f"{width['kv_tokens']:,}"
         table.add_row(
             width["kind"],
@@ -311,7 +312,7 @@ def widths_head(document: Mapping[str, Any]) -> str:
         parts[0] += f" ({quantized / 1e9:,.3f} B quantizable, {kept:.1%} stay as they are)"
     if card:
         parts.append(f"{_card(card)}: {size(card['memory_bytes'])}")
-    parts += [_cache(widths[-1]), f"rows of {document['row_tokens']:,} tokens; sizes in GiB"]
+    parts += [_cache(widths[-1]), f"rows of {document['row_tokens']:,} tokens; sizes in GiB, <- is chosen"]
     return "; ".join(parts)
 
 

@@ -125,7 +125,8 @@ class Model(Section):
     bits: Literal[4, 8, 16, 32, "auto"] | None = None
     """Short form: 4 is nf4 with double quantization, 8 is int8 with threshold 6, 16 the
     checkpoint's own 16-bit type, 32 float32. `auto` is the widest of 16, 8 and 4 that fits the card
-    with a useful batch; it is chosen when the job is first planned, and stays."""
+    with a useful batch: 8 rows, or batch_size, as long as 95 % of the prompts. It is chosen when
+    the job is first planned, and stays."""
     quantization: Quantization | None = None
     """Long form, for options other than those that `bits` stands for."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
