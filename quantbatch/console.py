@@ -312,7 +312,8 @@ def widths_head(document: Mapping[str, Any]) -> str:
         parts[0] += f" ({quantized / 1e9:,.3f} B quantizable, {kept:.1%} stay as they are)"
     if card:
         parts.append(f"{_card(card)}: {size(card['memory_bytes'])}")
-    parts += [_cache(widths[-1]), f"rows of {document['row_tokens']:,} tokens; sizes in GiB, <- is chosen"]
+    parts += [_cache(widths[-1]), f"rows of {document['row_tokens']:,} tokens"]
+    parts.append("sizes in GiB, <- is chosen")
     return "; ".join(parts)
 
 
