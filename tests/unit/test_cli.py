@@ -258,9 +258,7 @@ def test_plan_of_a_model_alone(folder: Path) -> None:
     result = call(*model, "--card", "L4", "--prompt-tokens", "300", "--max-new-tokens", "50")
     assert result.exit_code == 0
     assert "L4: 22.03 GiB; KV cache 1 KiB a token; rows of 350 tokens" in result.stdout
-    assert "fits <-" in next(
-        line for line in result.stdout.splitlines() if line.startswith("bf16")
-    )
+    assert "fits <-" in next(line for line in result.stdout.splitlines() if line.startswith("bf16"))
     found = document(call(*model, "--max-new-tokens", "12", "--json"))
     assert (found["row_tokens"], found["card"]) == (512, None)
     assert [width["verdict"] for width in found["widths"]] == [None] * 4
