@@ -236,6 +236,7 @@ def plan(  # noqa: PLR0913 - an argument for each option
 
 
 def _plan_job(job: JobSpec, extend: bool, as_json: bool) -> None:
+    from quantbatch import plan_tables
     from quantbatch.documents import describe_plan
     from quantbatch.forecast import look_ahead
     from quantbatch.preflight import examine
@@ -245,7 +246,7 @@ def _plan_job(job: JobSpec, extend: bool, as_json: bool) -> None:
     if not as_json:
         outcome = "does not fit" if found.misfit else console.OUTCOMES[document["outcome"]]
         console.say(f"{job.name}: {outcome}", "bold")
-        console.say(console.plan_table(document))
+        console.say(plan_tables.plan_table(document))
         console.say("")
         _say_widths(document)
     _end_plan(document, found.misfit, as_json)
@@ -279,9 +280,11 @@ def _end_plan(document: dict[str, Any], misfit: DoesNotFit | None, as_json: bool
 
 def _say_widths(document: Mapping[str, Any]) -> None:
     """Print the table of widths, and what to know."""
+    from quantbatch import plan_tables
+
     if document["widths"]:
-        console.say(console.widths_head(document))
-        console.say(console.widths_table(document))
+        console.say(plan_tables.widths_head(document))
+        console.say(plan_tables.widths_table(document))
     for sentence in document["advice"]:
         console.say(f"note: {sentence}")
 
