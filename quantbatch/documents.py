@@ -182,7 +182,7 @@ def describe_lengths(lengths: Lengths) -> dict[str, Any]:
         "p50_tokens": lengths.quantile(0.5),
         "p95_tokens": lengths.quantile(0.95),
         "max_tokens": lengths.quantile(1),
-        "max_is_counted": lengths.quantile(1) <= lengths.counted_to,
+        "counted_to_tokens": lengths.counted_to,
         "input_tokens": round(lengths.mean * lengths.total_rows),
         "too_long": lengths.too_long,
         "too_long_expected": lengths.expected(lengths.too_long),

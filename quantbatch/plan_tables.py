@@ -49,19 +49,28 @@ def _lengths(prompt: Mapping[str, Any], total: int) -> list[tuple[str, str]]:
     sample, rows = prompt["sample"], prompt["sample"]["rows"]
     if not rows:
         return [("", "no row could be sampled")]
-    longest = f"{sample['max_tokens']:,}" if sample["max_is_counted"] else "more than can be read"
-    read = f"{sample['input_tokens']:,} tokens in all" if rows < total else "all rows"
-    lines = [
-        ("", f"half of {rows:,} sampled rows have up to {sample['p50_tokens']:,} tokens, 95 % up to"
-         f" {sample['p95_tokens']:,}, the longest {longest}; about {read}"),
-        ("too long", _expected(sample["too_long"], sample["too_long_expected"], sample, total)),
-    ]  # fmt: skip
+    lines = [("", _quantiles(sample, whole=rows >= total))]
+    too_long = _expected(sample["too_long"], sample["too_long_expected"], sample, total)
+    lines.append(("too long", too_long))
     if sample["errors"]:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in sample["errors"].items())
         count = sum(sample["errors"].values())
         expected = _expected(count, sample["errors_expected"], sample, total)
         lines.append(("errors", f"{expected} ({kinds})"))
     return lines
+
+
+def _quantiles(sample: Mapping[str, Any], *, whole: bool) -> str:
+    if not sample["max_tokens"]:
+        return f"none of {several(sample['rows'], 'sampled row')} has a prompt"
+    longest = f"{sample['max_tokens']:,}"
+    if sample["max_tokens"] > sample["counted_to_tokens"]:
+        longest = f"more than {sample['counted_to_tokens']:,}"
+    return (
+        f"half of {several(sample['rows'], 'sampled row')} have up to {sample['p50_tokens']:,}"
+        f" tokens, 95 % up to {sample['p95_tokens']:,}, the longest {longest};"
+        f" {'' if whole else 'about '}{sample['input_tokens']:,} tokens in all"
+    )
 
 
 def _expected(count: int, expected: int, sample: Mapping[str, Any], total: int) -> str:

@@ -191,7 +191,7 @@ def test_plan_samples_the_prompts(folder: Path) -> None:
     sample = document(call("plan", "job.yaml", "--json"))["prompt"]["sample"]
     assert 200 <= sample["rows"] <= 256
     assert 0 < sample["p50_tokens"] < sample["p95_tokens"] <= sample["max_tokens"] < 504
-    assert sample["max_is_counted"]
+    assert sample["counted_to_tokens"] == 32_768
     assert sample["unseen_at_most"] == pytest.approx(2012 * 3 / sample["rows"], abs=1)
     lines = call("plan", "job.yaml").stdout
     assert f"none of {sample['rows']} sampled, so at most {sample['unseen_at_most']} of" in lines
@@ -203,11 +203,22 @@ def test_plan_samples_the_prompts(folder: Path) -> None:
 
 
 def test_plan_tells_of_rows_that_will_be_errors(folder: Path) -> None:
-    lines = {line.split("  ")[0]: line for line in call("plan", "job.yaml").stdout.splitlines()}
-    assert "12 sampled rows" in call("plan", "job.yaml").stdout
-    assert lines["errors"].split() == ["errors", "1", "row", "(null_prompt", "1)"] or (
-        "1 row (" in lines["errors"]
-    )
+    column = ("--set", "prompt={column: text}")
+    lines = call("plan", "job.yaml", *column).stdout.splitlines()
+    assert any("half of 12 sampled rows have up to" in line for line in lines)
+    assert "errors    1 row (null_prompt 1)" in lines
+    assert "too long  none" in lines
+    pq.write_table(pa.table({"text": ["", None]}), folder / "in" / "a.parquet")
+    lines = call("plan", "job.yaml", *column).stdout.splitlines()
+    assert any("none of 2 sampled rows has a prompt" in line for line in lines)
+    assert "errors    2 rows (empty_prompt 1, null_prompt 1)" in lines
+
+
+def test_plan_tells_of_prompts_that_are_longer_than_it_counts(folder: Path) -> None:
+    pq.write_table(pa.table({"text": ["word " * 60_000]}), folder / "in" / "b.parquet")
+    shown = call("plan", "job.yaml").stdout
+    assert "the longest more than 32,768;" in shown
+    assert "too long  1 row" in shown.splitlines()
 
 
 def test_plan_shows_every_width_and_what_to_know(folder: Path) -> None:
