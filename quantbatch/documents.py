@@ -61,6 +61,7 @@ def describe_plan(job: Job, forecast: Forecast) -> dict[str, Any]:
         },
         "model": describe_model(spec.model),
         "memory": _describe_memory(job) if job.memory else None,
+        "does_not_fit": job.misfit is not None,
         "card": describe_card(job.card, cards=max(1, int(spec.cluster.gpus_per_replica))),
         "prompt": {
             "max_input_tokens": job.max_input_tokens,

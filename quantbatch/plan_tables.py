@@ -28,7 +28,7 @@ def plan_table(document: Mapping[str, Any]) -> Table:
         ("prompt", f"at most {prompt['max_input_tokens']:,} tokens, {prompt['beyond']}"),
         *_lengths(prompt, source["rows"]),
         ("answer", f"at most {prompt['max_new_tokens']:,} tokens"),
-        *_memory(memory, document["card"], fits_not=bool(document["widths"])),
+        *_memory(memory, document["card"], fits_not=document["does_not_fit"]),
         ("output", output["uri"]),
         ("columns", ", ".join(f"{c['name']} {c['type']}" for c in output["columns"])),
     ]

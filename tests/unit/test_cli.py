@@ -253,6 +253,7 @@ def test_a_plan_that_does_not_fit_shows_what_would(folder: Path) -> None:
     assert result.exit_code == 3
     lines = result.stdout.splitlines()
     assert lines[0] == "test: does not fit"
+    assert "memory    does not fit" in lines
     table = lines[lines.index(next(line for line in lines if line.startswith("kind"))) + 1 :]
     assert [line.split()[0] for line in table[:4]] == ["nf4", "nf4+dq", "bf16", "int8"]
     assert [line.split()[9] for line in table[:4]] == ["fits", "fits", "no", "no"]
