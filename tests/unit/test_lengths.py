@@ -23,7 +23,8 @@ from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.plan import make_plan
 from quantbatch.spec import JobSpec
 
-MODEL = Path(__file__).parents[2] / "configs" / "quickstart" / "model"
+REPOSITORY = Path(__file__).parents[2]
+MODEL = REPOSITORY / "configs" / "quickstart" / "model"
 
 
 def make_spec(folder: Path, **changes: Any) -> JobSpec:
@@ -197,7 +198,9 @@ def test_the_laws_of_a_sample(tokens: list[int], limit: int, errors: int) -> Non
 
 
 def test_a_thousand_files_take_seconds_and_no_torch(tmp_path: Path) -> None:
-    """It takes 1.3 s, most of it for importing transformers."""
+    """It takes 1.3 s, most of it for importing transformers; the bound leaves room for a busy
+    machine.
+    """
     for number in range(1000):
         write(tmp_path, [words(3)] * 20, f"{number}.parquet")
     script = (
@@ -209,8 +212,9 @@ def test_a_thousand_files_take_seconds_and_no_torch(tmp_path: Path) -> None:
         "print(found.rows, 'torch' in sys.modules)\n"
     )
     began = time.monotonic()
+    command = [sys.executable, "-c", script]
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+        command, capture_output=True, text=True, check=True, timeout=120, cwd=REPOSITORY
     )
     assert done.stdout.split() == ["256", "False"]
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 40
