@@ -2,7 +2,8 @@
 
 `Engine` is the seam between a replica, which knows chunks and Ray, and the models, which know
 neither. `continuous.py` is the default. `static.py` is plain `generate`, the oracle of any faster
-engine and the refuge of models that need it; `echo.py` has no model at all.
+engine and the refuge of models that need it; `llama_cpp.py` runs GGUF files in the bits that they
+have; `echo.py` has no model at all.
 """
 
 from __future__ import annotations

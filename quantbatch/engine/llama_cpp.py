@@ -24,6 +24,7 @@ from quantbatch.engine.pieces import Row
 from quantbatch.engine.sampling import Sampler
 from quantbatch.errors import DoesNotFit, ModelError
 from quantbatch.records import Failure, TokenLogprobs
+from quantbatch.wants import Write
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -199,7 +200,10 @@ class LlamaCppEngine:
     def add(self, requests: Iterable[Request]) -> None:
         """See `Engine`."""
         for request in requests:
-            if problem := self._limits.problem(request):
+            problem = self._limits.problem(request)
+            if not isinstance(request.want, Write):
+                problem = "the engine llama_cpp writes answers only; kind: continuous does this"
+            if problem:
                 self._ready.append(Failure(request.id, "bad_request", problem))
                 continue
             prompt = list(request.prompt_ids)

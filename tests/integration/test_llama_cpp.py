@@ -25,6 +25,7 @@ from quantbatch.records import Completion, Failure, Request, RequestId
 from quantbatch.replica import ReplicaJob, load_engine
 from quantbatch.spec import JobSpec, Model, Sampling
 from quantbatch.spec import LlamaCppEngine as Options
+from quantbatch.wants import Score
 from quantbatch.weights.loading import load
 from tests.integration.ggufs import write_gguf
 from tests.integration.llama import OPTIONS, make_model
@@ -179,6 +180,10 @@ def test_what_the_model_can_not_take_fails_alone(files: Path, model: PackedModel
     engine = LlamaCppEngine(model, tokenizer(files))
     answers = run(engine, requests([[3] * 256, [403], [5]]))
     assert [type(answer) for answer in answers] == [Failure, Failure, Completion]
+    scored = dataclasses.replace(requests([[5, 6]])[0], want=Score(first=1))
+    failure = run(engine, [scored])[0]
+    assert isinstance(failure, Failure)
+    assert "kind: continuous" in failure.message
 
 
 def test_a_step_that_fails_gives_its_rows_back(
