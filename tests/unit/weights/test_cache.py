@@ -307,6 +307,16 @@ def test_a_failure_at_any_store_call_breaks_nothing(tmp_path: Path, after: bool)
     print(f"store calls failed: {fail_at - 1}, after the effect: {after}")
 
 
+@pytest.mark.parametrize("after", [False, True])
+def test_what_is_settled_counts_though_tidying_up_fails(store: Store, after: bool) -> None:
+    claim = 3  # after the two files
+    for fail_at in (claim + 1, claim + 2, claim + 3):
+        failing = FailingStore(store, fail_at, after=after)
+        version = fail_at - claim
+        assert cache_in(failing).put(cast("Any", PretendedModel("x")), version).ours
+        assert failing.calls >= fail_at
+
+
 def test_what_a_failed_writer_left_is_removed(store: Store) -> None:
     failing = FailingStore(store, 2, after=False)
     with pytest.raises(StorageError, match="injected"):

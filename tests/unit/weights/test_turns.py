@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -122,12 +123,21 @@ def test_a_node_without_a_folder_is_a_warning(
     assert "may load at the same time" in warning
 
 
-def test_the_page_cache_is_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("supported", [True, False])
+def test_the_page_cache_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supported: bool
+) -> None:
     """Files just written are in it; the kernel can be asked to forget them when they are synced."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    if not supported:
+        monkeypatch.setattr(os, "preadv", refuse)
     path = tmp_path / "weights"
     path.write_bytes(os.urandom(1 << 20) * 32)
     if not is_warm([path]):
-        pytest.skip("this file system does not tell what is in memory")
+        pytest.skip("this system does not tell what is in memory")
     handle = os.open(path, os.O_RDONLY)
     os.fdatasync(handle)
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -137,3 +147,14 @@ def test_the_page_cache_is_seen(tmp_path: Path) -> None:
     assert is_warm([path])
     assert not is_warm([path, tmp_path / "not there"])
     assert not is_warm([])
+
+
+def test_a_file_that_can_t_be_looked_at_is_not_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "weights").write_bytes(b"x")
+    monkeypatch.setattr(os, "preadv", refuse)
+    assert not is_warm([tmp_path / "weights"])
