@@ -177,3 +177,27 @@ def test_a_refusal_by_the_probe_leaves_the_model_to_the_static_engine(
         assert "its scores over packed rows differ" in said
         assert loaded.engine._model.config._attn_implementation == "sdpa"
         assert answers(loaded.engine) == expected
+
+
+def test_a_relative_cache_is_where_the_driver_runs(
+    tmp_path: Path, tiny_tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica has another working directory than the driver."""
+    folder = made(tmp_path / "model", tiny_tokenizer_folder, "llama", {})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    spec = JobSpec.model_validate(
+        {
+            "name": "t", "input": {"uri": "in"}, "output": {"uri": "out"},
+            "model": {"id": "model", "bits": 4, "cache": "weights"}, "prompt": {"template": "x"},
+            "sampling": {"max_new_tokens": 8},
+            "engine": {"kind": "static", "batch_size": 2, "max_input_tokens": 64},
+        }
+    )  # fmt: skip
+    options: Any = spec.engine
+    for _ in range(2):
+        loading.load(spec, options, device="cpu", max_tokens=72, folder=str(tmp_path)).close()
+    torch.set_num_threads(1)
+    assert folder.exists()
+    assert len(list(tmp_path.glob("weights/*/record-*"))) == 1
+    assert list((tmp_path / "elsewhere").iterdir()) == []
