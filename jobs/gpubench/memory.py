@@ -54,7 +54,7 @@ def within(record: Record, shape: str, kind: str, card_gib: float, *, prompt_tok
         context_bytes = max(context(device), CUDA_CONTEXT_BYTES)
         total_bytes = torch.cuda.mem_get_info(device)[1]
         share = (card_bytes - context_bytes) / total_bytes
-        torch.cuda.set_per_process_memory_fraction(share, device)
+        torch.cuda.set_per_process_memory_fraction(share, torch.cuda.current_device())
         record.add(note="capped", card_gib=card_gib, torch_may_take_gib=gib(share * total_bytes))
     with record.timed(f"make {shape} {kind}"):
         built = shapes.build(shape, kind, device)

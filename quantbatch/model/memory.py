@@ -262,8 +262,7 @@ class Load:
         if plan.step_tokens is None:
             return 1, 1, plan.kv_bytes
         least = BLOCK_TOKENS * blocks_for(self.work.max_tokens)
-        most = rows * self.work.max_tokens // BLOCK_TOKENS * BLOCK_TOKENS
-        return least, max(least, most), plan.kv_bytes_per_token
+        return least, rows * least, plan.kv_bytes_per_token
 
     def has_room_for(self, rows: int, plan: MemoryPlan) -> bool:
         """Tell whether a plan's pool is worth so many rows; padded rows have their own room."""
@@ -295,7 +294,7 @@ class Load:
             RESERVE * workspace_bytes + PACKED_RESERVE * (self.device_bytes or 0)
         )
         used = self.weights.total_bytes + workspace_bytes + self._overhead_bytes + reserve_bytes
-        kv_tokens = most = rows * self.work.max_tokens
+        kv_tokens = most = rows * BLOCK_TOKENS * blocks_for(self.work.max_tokens)
         if self.device_bytes is not None:
             left = (self.device_bytes - used) // per_token
             kv_tokens = min(most, max(left, self.work.max_tokens))
