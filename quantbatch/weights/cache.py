@@ -44,18 +44,15 @@ import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
 from quantbatch.errors import ModelError, StorageError
 from quantbatch.model.memory import gib
-from quantbatch.spec import FourBit, Int8
 from quantbatch.storage import local_folder, open_store, redact, scratch_folder
 from quantbatch.weights import copies
 from quantbatch.weights.copies import DamagedError, StoredFile
+from quantbatch.weights.identity import identity, no_use_for
 from quantbatch.weights.node import locked, node_folder
 from quantbatch.weights.pretrained import LOADING_ERRORS, quiet
 
@@ -70,8 +67,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Version of records and files; part of the key."""
 FILE_BYTES = 500_000_000
 """Largest file of an entry but for single tensors: bounds the memory that writing takes, and gives
 several threads something to fetch and check."""
@@ -87,20 +82,18 @@ class Record(NamedTuple):
     version: int
     attempt: str
     files: tuple[StoredFile, ...]
+    of: dict[str, Any]
+    """What the key stands for."""
 
     @property
     def total_bytes(self) -> int:
         """Size of all files."""
         return sum(file.size for file in self.files)
 
-    def to_bytes(self, document: dict[str, Any]) -> bytes:
-        """Return the record as JSON.
-
-        Args:
-            document: What the key stands for.
-        """
+    def to_bytes(self) -> bytes:
+        """Return the record as JSON."""
         files = [file._asdict() for file in self.files]
-        return _json(self._asdict() | {"files": files, "of": document})
+        return json.dumps(self._asdict() | {"files": files}, sort_keys=True, indent=1).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Record:
@@ -114,7 +107,7 @@ class Record(NamedTuple):
             files = tuple(
                 StoredFile(str(f["name"]), int(f["size"]), str(f["sha256"])) for f in found["files"]
             )
-            record = cls(int(found["version"]), str(found["attempt"]), files)
+            record = cls(int(found["version"]), str(found["attempt"]), files, dict(found["of"]))
         except (ValueError, TypeError, KeyError) as error:
             raise DamagedError(f"its record is {data[:40]!r}") from error
         if any("/" in name or name.startswith(".") for name in (record.attempt, *_names(record))):
@@ -245,7 +238,10 @@ class WeightCache:
         )
 
     def _record(self, version: int) -> Record:
-        return Record.from_bytes(self.store.read(self._record_key(version)))
+        record = Record.from_bytes(self.store.read(self._record_key(version)))
+        if (record.version, record.of) != (version, self.document):
+            raise DamagedError("its record is of other weights or another version")
+        return record
 
     def _record_key(self, version: int) -> str:
         return f"{self.key}/record-{version:06d}.json"
@@ -280,7 +276,20 @@ class WeightCache:
         folder = local_folder(self.store, self.key)
         while folder is not None and not folder.exists():
             folder = folder.parent
-        return folder is not None and os.access(folder, os.W_OK)
+        return folder is not None and os.access(folder, os.W_OK) and not self._failed_lately()
+
+    def _failed_lately(self) -> bool:
+        """Tell whether storing failed on this node in the last hour: a full disk, say. Then nobody
+        waits for it.
+        """
+        try:
+            return time.time() - self._failure.stat().st_mtime < 3600
+        except (OSError, StorageError):
+            return False
+
+    @property
+    def _failure(self) -> Path:
+        return node_folder("turns") / f"{self.key}.failed"
 
     def keep(self, model: PreTrainedModel, version: int) -> None:
         """Store a quantized model unless another replica has done so, or one of this node is at it;
@@ -298,6 +307,8 @@ class WeightCache:
                 stored = self.put(model, version)
         except (StorageError, OSError) as error:
             logger.warning("quantized weights can't be stored in model.cache: %s", error)
+            with contextlib.suppress(StorageError, OSError):
+                self._failure.touch()
             return
         size, took = gib(stored.record.total_bytes), time.monotonic() - started
         logger.info("stored %s of quantized weights in %s in %.1f s", size, self.uri, took)
@@ -320,7 +331,7 @@ class WeightCache:
             with contextlib.suppress(StorageError):
                 self._delete(attempt)
             raise
-        ours = Record(version, attempt, files).to_bytes(self.document)
+        ours = Record(version, attempt, files, self.document).to_bytes()
         try:
             record = Record.from_bytes(self.store.claim(self._record_key(version), ours))
         except DamagedError as error:
@@ -360,51 +371,9 @@ class WeightCache:
                 self._delete(attempt)
 
 
-def no_use_for(checkpoint: Checkpoint, model: Model) -> str:
-    """Say why a cache would gain nothing for a model; empty if it would."""
-    if checkpoint.quantized:
-        return f"{checkpoint.id} is quantized already"
-    if not isinstance(model.resolved().quantization, Int8 | FourBit):
-        return f"{checkpoint.id} is loaded without quantizing it"
-    return ""
-
-
-def identity(checkpoint: Checkpoint, model: Model, device: str) -> dict[str, Any]:
-    """Return all that decides the bytes of quantized weights, in JSON types.
-
-    Compute type and int8's threshold are not in it: they act on activations. torch is, because the
-    mean that double quantization subtracts is its work. On a CPU the last bit of that mean depends
-    on the number of threads, for matrices of more than 2 million elements (measured): so do the
-    products that make the answers, and the number is not in it.
-    """
-    quantization = model.quantization
-    options: dict[str, Any] = {}
-    if isinstance(quantization, FourBit):
-        options = {
-            "double_quant": quantization.double_quant,
-            "storage_dtype": quantization.storage_dtype,
-        }
-    assert isinstance(quantization, Int8 | FourBit)
-    skip_modules = sorted(set(quantization.skip_modules))
-    return {
-        "format": FORMAT,
-        "model": checkpoint.digest,
-        "quantization": {"kind": quantization.kind, "skip_modules": skip_modules} | options,
-        "dtype": model.dtype,
-        "device": torch.device(device).type,
-        "versions": {
-            name: metadata.version(name) for name in ("bitsandbytes", "torch", "transformers")
-        },
-    }
-
-
 def _began(attempt: str) -> datetime:
     """Return when an attempt began; now for a name that is none of ours."""
     try:
         return datetime.strptime(attempt.split("-")[0], _ATTEMPT_TIME).replace(tzinfo=UTC)
     except ValueError:
         return datetime.now(UTC)
-
-
-def _json(document: dict[str, Any]) -> bytes:
-    return json.dumps(document, sort_keys=True, indent=1).encode()

@@ -12,7 +12,8 @@ from quantbatch.model.memory import plan_memory
 from quantbatch.preflight import input_limit
 from quantbatch.sizing import work_of
 from quantbatch.weights import dtypes, loading, peak
-from quantbatch.weights.cache import NoEntryError, WeightCache, no_use_for
+from quantbatch.weights.cache import NoEntryError, WeightCache
+from quantbatch.weights.identity import no_use_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

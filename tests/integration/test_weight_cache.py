@@ -16,7 +16,6 @@ from quantbatch.errors import DoesNotFit
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.spec import FourBit, Int8, Model
 from quantbatch.weights import bnb, pretrained
-from quantbatch.weights.cache import WeightCache
 from quantbatch.weights.loading import load
 from tests.integration.llama import make_llama, make_model
 from tests.integration.test_weights import ARCHITECTURES, logits
@@ -171,11 +170,7 @@ def test_what_was_stored_and_does_not_load_is_a_warning(
     other = make_llama(tmp_path / "other", num_hidden_layers=3)
     model = Model(id=str(folder), bits=4, cache=str(tmp_path / "cache"))
     foreign = Model(id=str(other), bits=4)
-    monkeypatch.setattr(
-        WeightCache,
-        "key",
-        property(lambda _: "k" * 64),  # of both
-    )
+    monkeypatch.setattr("quantbatch.weights.cache.identity", lambda *_: {"of": "both"})
     load(open_checkpoint(foreign), foreign.model_copy(update={"cache": model.cache}), "cpu")
     found = load(open_checkpoint(model), model, "cpu")
     assert "is whole, but of no use, going on without" in caplog.text

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,8 @@ from quantbatch.spec import FourBit, Int8, Model, Storage, Unquantized
 from quantbatch.storage import open_store
 from quantbatch.weights import cache as cache_module
 from quantbatch.weights import copies, node
-from quantbatch.weights.cache import WeightCache, identity
+from quantbatch.weights.cache import WeightCache
+from quantbatch.weights.identity import identity
 from tests.unit.test_ledger import FailingStore
 
 if TYPE_CHECKING:
@@ -222,6 +224,17 @@ def test_a_damaged_record_is_made_good(store: Store, content: bytes) -> None:
     assert load(cache).model == "a: y; b: y"
 
 
+@pytest.mark.parametrize("change", [{"version": 2}, {"of": {"format": 2}}, {"of": None}])
+def test_a_record_of_another_version_is_made_good(store: Store, change: dict[str, Any]) -> None:
+    cache = cache_in(store)
+    put(cache, "x")
+    key = f"{cache.key}/record-000001.json"
+    store.put(key, json.dumps(json.loads(store.read(key)) | change).encode())
+    assert load(cache) == (None, 2)
+    put(cache, "y", 2)
+    assert load(cache).model == "a: y; b: y"
+
+
 def test_a_reader_goes_on_while_the_entry_is_made_again(store: Store) -> None:
     cache = cache_in(store)
     put(cache, "x")
@@ -347,8 +360,13 @@ def test_a_model_that_can_t_be_saved_is_a_warning(
             raise OSError(28, "No space left on device")
 
     cache = cache_in(store)
+    assert cache.is_filled_here
     cache.keep(cast("Any", Unsavable("x")), 1)
     assert "No space left" in caplog.text
+    assert not cache.is_filled_here, "the other replicas don't wait for that"
+    hour_ago = time.time() - 3601
+    os.utime(node.node_folder("turns") / f"{cache.key}.failed", (hour_ago, hour_ago))
+    assert cache.is_filled_here
     assert files_of(cache) == []
     assert load(cache) == (None, 1)
 
