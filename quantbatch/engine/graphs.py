@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from quantbatch.engine.kvstore import Span, send
+from quantbatch.model.memory import recorded_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from quantbatch.engine.pieces import Piece
 
 logger = logging.getLogger(__name__)
-
-SIZES = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-"""Batch sizes that are recorded; at most a quarter of a batch is padding, beyond 4 rows."""
 
 
 class _Recorded(NamedTuple):
@@ -60,7 +58,7 @@ class RecordedSteps:
         self._forward = forward
         self._store = store
         self._last_tokens_S = last_tokens_S
-        self._sizes = [size for size in SIZES if size < rows] + [rows]
+        self._sizes = recorded_sizes(rows)
         self._recorded: dict[int, _Recorded] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]

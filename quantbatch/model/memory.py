@@ -43,9 +43,18 @@ if TYPE_CHECKING:
     from quantbatch.model.footprint import KvShape, LayeredWeights, Weights
     from quantbatch.spec import JobSpec, Model, Quantization
 
-CUDA_CONTEXT_BYTES = 512 * 2**20
-"""CUDA context with cuBLAS: 0.49 GiB in an out-of-memory report from a 4090 (14.56 GiB in the
-process, 14.07 of them known to torch)."""
+CUDA_CONTEXT_BYTES = 800 * 2**20
+"""What a process takes of a card beside torch's tensors: 0.74 to 0.80 GiB on an H100 with the
+kernels of cuBLAS, bitsandbytes and Triton (torch 2.11, measured). A smaller card has less: 0.49 GiB
+in an out-of-memory report from a 4090."""
+RECORDED_SIZES = (
+    *(1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256),
+)
+"""Batch sizes for which decode steps are recorded; at most a quarter of a batch is padding, beyond
+4 rows."""
+RECORDED_LAYER_BYTES = 200 * 2**10
+"""What one layer of one recorded step takes of the card, beside tensors: 168 KiB for 32 layers, 179
+for 64 (H100, measured)."""
 CPU_PROCESS_BYTES = 256 * 2**20
 """What a process on a CPU grows by besides tensors: code of libraries that are first used, pages of
 the mapped checkpoint, what malloc keeps. 208 MiB with the quickstart's model; 250 to 760 while
@@ -188,6 +197,15 @@ def plan_memory(
     return plan
 
 
+def recorded_sizes(rows: int) -> list[int]:
+    """Return the batch sizes for which the decode steps of an engine are recorded on a card.
+
+    Args:
+        rows: Most rows that it decodes together.
+    """
+    return [size for size in RECORDED_SIZES if size < rows] + [rows]
+
+
 def _batch_sizes(work: Work, device_bytes: int | None) -> Sequence[int]:
     """Return the batch sizes to try, the best first."""
     if work.batch_size is not None:
@@ -278,7 +296,7 @@ class Load:
             kv_bytes_per_token=self.shape.bytes_per_token,
             kv_bytes=kv_bytes,
             workspace_bytes=workspace_bytes,
-            overhead_bytes=self._overhead_bytes,
+            overhead_bytes=self._overhead_bytes(recorded=0),
             reserve_bytes=math.ceil(RESERVE * (kv_bytes + workspace_bytes)),
             batch_size=rows,
             kv_tokens=rows * self.work.max_tokens,
@@ -293,7 +311,8 @@ class Load:
         reserve_bytes = math.ceil(
             RESERVE * workspace_bytes + PACKED_RESERVE * (self.device_bytes or 0)
         )
-        used = self.weights.total_bytes + workspace_bytes + self._overhead_bytes + reserve_bytes
+        overhead_bytes = self._overhead_bytes(recorded=len(recorded_sizes(rows)))
+        used = self.weights.total_bytes + workspace_bytes + overhead_bytes + reserve_bytes
         kv_tokens = most = rows * BLOCK_TOKENS * blocks_for(self.work.max_tokens)
         if self.device_bytes is not None:
             left = (self.device_bytes - used) // per_token
@@ -305,7 +324,7 @@ class Load:
             kv_bytes_per_token=per_token,
             kv_bytes=kv_tokens * per_token,
             workspace_bytes=workspace_bytes,
-            overhead_bytes=self._overhead_bytes,
+            overhead_bytes=overhead_bytes,
             reserve_bytes=reserve_bytes,
             batch_size=rows,
             kv_tokens=kv_tokens,
@@ -322,9 +341,11 @@ class Load:
         """What the cache of a row takes."""
         return kv_shape(self.checkpoint.text_config, self._item_bytes)
 
-    @property
-    def _overhead_bytes(self) -> int:
-        return CPU_PROCESS_BYTES if self.device_bytes is None else CUDA_CONTEXT_BYTES
+    def _overhead_bytes(self, *, recorded: int) -> int:
+        """What a process takes besides tensors, with so many recorded steps."""
+        if self.device_bytes is None:
+            return CPU_PROCESS_BYTES
+        return CUDA_CONTEXT_BYTES + recorded * self.shape.layers * RECORDED_LAYER_BYTES
 
     @property
     def _quantization(self) -> Quantization:
