@@ -1,0 +1,243 @@
+"""Commands about a job: run it, and know of it before and after."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quantbatch import console
+from quantbatch.cli.common import (
+    AsJson,
+    Extend,
+    OnCard,
+    Overrides,
+    SpecPath,
+    card_fields,
+    card_named,
+    leave,
+    load,
+    outcome,
+)
+from quantbatch.errors import JobError, SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from quantbatch.errors import DoesNotFit
+    from quantbatch.model.cards import Card
+    from quantbatch.sample import Sampled
+    from quantbatch.spec import JobSpec, Storage
+
+
+def run(
+    spec: SpecPath, overrides: Overrides = None, extend: Extend = False, as_json: AsJson = False
+) -> None:
+    """Run a job, or continue it: every row of the input is answered exactly once."""
+    with outcome(as_json):
+        job = load(spec, overrides)
+        from quantbatch import pipeline
+
+        with console.live_progress() as progress:
+            report = pipeline.run(job, extend=extend, progress=progress)
+        if as_json:
+            console.say_document(report.to_json())
+        else:
+            console.say(f"{job.name}: {console.OUTCOMES[report.outcome.value]}", "bold")
+            console.say(console.report_table(report))
+            given = [str(spec), *(part for text in overrides or () for part in ("--set", text))]
+            console.say(console.next_steps(report, shlex.join(given)))
+        raise typer.Exit(report.exit_code)
+
+
+def plan(  # noqa: PLR0913 - an argument for each option
+    spec: Annotated[
+        Path | None, typer.Argument(metavar="[SPEC]", help="The job's YAML file.")
+    ] = None,
+    card: OnCard = None,
+    model: Annotated[
+        str | None, typer.Option(help="Plan this model without a job: a folder or a repository.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Length of a prompt, with --model.")
+    ] = 500,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Length of an answer, with --model.")
+    ] = 200,
+    overrides: Overrides = None,
+    extend: Extend = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run would do, and whether the model fits the card. Writes nothing."""
+    with outcome(as_json):
+        if (spec is None) == (model is None):
+            problem = "plan takes the path of a SPEC, or --model"
+            raise SpecError(JobError(problem, "quantbatch plan job.yaml --card L4"))
+        if spec is not None:
+            _plan_job(load(spec, [*(overrides or ()), *card_fields(card)]), extend, as_json)
+        else:
+            assert model is not None
+            _plan_model(model, card_named(card or ""), prompt_tokens, max_new_tokens, as_json)
+
+
+def _plan_job(job: JobSpec, extend: bool, as_json: bool) -> None:
+    from quantbatch import plan_tables
+    from quantbatch.documents import describe_plan
+    from quantbatch.forecast import look_ahead
+    from quantbatch.preflight import examine
+
+    found = examine(job, extend=extend)
+    document = describe_plan(found, look_ahead(found))
+    if not as_json:
+        outcome = "does not fit" if found.misfit else console.OUTCOMES[document["outcome"]]
+        console.say(f"{job.name}: {outcome}", "bold")
+        console.say(plan_tables.plan_table(document))
+        console.say("")
+        _say_widths(document)
+    _end_plan(document, found.misfit, as_json)
+
+
+def _plan_model(
+    name: str, card: Card | None, prompt_tokens: int, max_new_tokens: int, as_json: bool
+) -> None:
+    from quantbatch.documents import describe_model_plan
+    from quantbatch.forecast import look_at_model
+    from quantbatch.spec import Model
+
+    found = look_at_model(
+        Model(id=name), card, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens
+    )
+    document = describe_model_plan(found)
+    if not as_json:
+        console.say(name, "bold")
+        _say_widths(document)
+    _end_plan(document, found.misfit, as_json)
+
+
+def _end_plan(document: dict[str, Any], misfit: DoesNotFit | None, as_json: bool) -> None:
+    """Complain of a model that does not fit, after the table that shows what would."""
+    if misfit:
+        console.complain(misfit)
+        leave(document | console.error_document(misfit), as_json)
+    if as_json:
+        console.say_document(document)
+
+
+def _say_widths(document: Mapping[str, Any]) -> None:
+    """Print the table of widths, and what to know."""
+    from quantbatch import plan_tables
+
+    if document["widths"]:
+        console.say(plan_tables.widths_head(document))
+        console.say(plan_tables.widths_table(document))
+    for sentence in document["advice"]:
+        console.say(f"note: {sentence}")
+
+
+def validate(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a spec, its model's files and the first rows of its input; print it resolved."""
+    with outcome(as_json):
+        job = load(spec, overrides)
+        import yaml
+
+        from quantbatch.preflight import settled
+        from quantbatch.sample import check
+
+        job = settled(job)
+        _, head = check(job, 5)
+        for row, error in head.errors.items():
+            console.note(f"warning: {head.row_ids[row]} will be an error row: {error.message}")
+        resolved = job.resolved().model_dump(mode="json")
+        if as_json:
+            console.say_document({"outcome": "ok", "exit_code": 0, "spec": resolved})
+        else:
+            console.say(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip())
+            console.say("ok", "bold green")
+
+
+def sample(
+    spec: SpecPath,
+    count: Annotated[int, typer.Option("-n", min=1, max=1000, help="Rows to take.")] = 5,
+    answers: Annotated[
+        bool, typer.Option("--run/--no-run", help="Answer the rows, or only render them.")
+    ] = True,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Render the first rows of a job and answer them in this process. Writes nothing."""
+    with outcome(as_json):
+        job = load(spec, overrides)
+        from quantbatch import sample as sampling
+        from quantbatch.preflight import settled
+
+        job = settled(job)
+        rows = sampling.sample(job, count)
+        if answers:
+            device = sampling.best_device(job)
+            if device == "cpu" and job.engine.kind != "echo" and job.cluster.gpus_per_replica:
+                console.note("there is no card here: the model runs on the CPU")
+            rows = list(sampling.answer(job, rows, device=device, folder=Path.cwd()))
+        _show_sample(rows, as_json=as_json)
+
+
+def _show_sample(rows: Sequence[Sampled], *, as_json: bool) -> None:
+    from quantbatch.documents import describe_sample
+
+    if as_json:
+        described = [describe_sample(row) for row in rows]
+        console.say_document({"outcome": "sampled", "exit_code": 0, "rows": described})
+        return
+    for row in rows:
+        console.say_sample(describe_sample(row))
+
+
+def status(
+    where: Annotated[str, typer.Argument(metavar="SPEC_OR_OUTPUT", help="A spec or an output.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far a job is, by the records on its output; needs neither model nor input."""
+    with outcome(as_json):
+        from quantbatch.documents import describe_status
+
+        document = describe_status(*_output(where, overrides))
+        if as_json:
+            console.say_document(document)
+        else:
+            console.say(console.status_table(document))
+
+
+def _output(where: str, overrides: Sequence[str] | None) -> tuple[str, Storage]:
+    from quantbatch.spec import Storage
+
+    if where.endswith((".yaml", ".yml")) or Path(where).is_file():
+        output = load(Path(where), overrides).output
+        return output.uri, output.storage
+    return where, Storage()
+
+
+def verify(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Read input and output again and prove that every row is answered exactly once."""
+    with outcome(as_json):
+        job = load(spec, overrides)
+        from quantbatch.verify import verify as verify_job
+
+        verdict = verify_job(job)
+        if as_json:
+            console.say_document(verdict.to_json())
+        else:
+            console.say_verdict(verdict.to_json())
+        raise typer.Exit(verdict.exit_code)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "run": run,
+    "plan": plan,
+    "validate": validate,
+    "sample": sample,
+    "status": status,
+    "verify": verify,
+}
+"""By name."""
