@@ -41,6 +41,21 @@ def test_turned_matrices_and_other_storage_types(monkeypatch: pytest.MonkeyPatch
         assert torch.equal(found.view(torch.uint8), whole.view(torch.uint8))
 
 
+@pytest.mark.parametrize("shape", [(96, 200), (1, 5000), (5000, 1), (7, 9)])
+def test_rows_at_8_bits_are_the_whole_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    weights = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+    for threshold in (0.0, 2.0):
+        monkeypatch.setattr(pieces, "PIECE", 1 << 20)
+        whole = bnb.int8_vectorwise_quant(weights.clone(), threshold)
+        monkeypatch.setattr(pieces, "PIECE", 400)
+        found = bnb.int8_vectorwise_quant(weights.clone(), threshold)
+        assert torch.equal(found[0], whole[0])
+        assert torch.equal(found[1], whole[1])
+        assert (found[2] is None) == (whole[2] is None)
+
+
 def test_it_is_what_bitsandbytes_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     real = torch.split
@@ -51,4 +66,5 @@ def test_it_is_what_bitsandbytes_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "split", split)
     bnb.quantize_4bit(torch.randn(64, 64))
-    assert seen == [pieces.PIECE]
+    bnb.int8_vectorwise_quant(torch.randn(1024, 512).half())
+    assert seen == [pieces.PIECE, pieces.PIECE // 512]
