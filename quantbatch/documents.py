@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from quantbatch.errors import InputError, Refused
 from quantbatch.ledger import JOB, SUMMARY, Ledger
 from quantbatch.model import formats
-from quantbatch.model.footprint import unpackable
+from quantbatch.model.kv import unpackable
 from quantbatch.model.widths import USEFUL_ROWS
 from quantbatch.records import Completion, Failure
 from quantbatch.spec import FourBit, Int8, JobSpec, Storage

@@ -12,7 +12,7 @@ from quantbatch.errors import DoesNotFit, ModelError
 from quantbatch.lengths import sample_lengths
 from quantbatch.model.advice import advise
 from quantbatch.model.checkpoint import open_checkpoint
-from quantbatch.model.footprint import unpackable
+from quantbatch.model.kv import unpackable
 from quantbatch.model.memory import STEP_TOKENS, Work, plan_memory
 from quantbatch.model.widths import every_width, useful_bits
 

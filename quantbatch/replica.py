@@ -16,7 +16,7 @@ from quantbatch import rows as row_layout
 from quantbatch.engine import echo
 from quantbatch.errors import JobError
 from quantbatch.model.checkpoint import find_checkpoint
-from quantbatch.model.memory import gib
+from quantbatch.model.sizes import gib
 from quantbatch.prompts.rendering import sample_seed
 from quantbatch.prompts.tokens import tokenizer_of
 from quantbatch.records import (

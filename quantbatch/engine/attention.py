@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from typing_extensions import override
 
 from quantbatch.engine.kvstore import AttentionOptions
-from quantbatch.model.footprint import QUERY_BLOCK
+from quantbatch.model.workspace import QUERY_BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,8 +19,9 @@ from quantbatch.engine.dedup import Deduplicated
 from quantbatch.engine.static import StaticEngine
 from quantbatch.errors import DoesNotFit
 from quantbatch.model.checkpoint import open_checkpoint
-from quantbatch.model.footprint import unpackable
-from quantbatch.model.memory import Work, gib, plan_memory
+from quantbatch.model.kv import unpackable
+from quantbatch.model.memory import Work, plan_memory
+from quantbatch.model.sizes import gib
 from quantbatch.prompts.tokens import tokenizer_of
 from quantbatch.records import EngineProgress
 from quantbatch.spec import ContinuousEngine as ContinuousOptions

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantbatch.model.footprint import EMBEDDING, HEADS, Part, part_of, weigh, weight_dtype
-from quantbatch.model.memory import gib
+from quantbatch.model.sizes import gib
 from quantbatch.spec import FourBit, Int8, Unquantized
 
 if TYPE_CHECKING:

@@ -1,13 +1,10 @@
-"""What a model, its cache and a forward pass take, in bytes, from shapes alone.
+"""What the weights of a model take, in bytes, from shapes alone.
 
-*Weights* are exact. bitsandbytes keeps codes and scales for each quantized matrix, and the formulas
+The sums are exact: bitsandbytes keeps codes and scales for each quantized matrix, and the formulas
 here equal the loaded tensors to the byte. Embeddings, the output head, norms and biases stay as
 they are. So do the experts of a mixture of experts, which are no nn.Linear in transformers 5
 (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1849): a model of 30 billion
 parameters that are mostly experts hardly shrinks at "4 bits".
-
-The *KV cache* holds a key and a value for each token, layer and key-value head; layers with a
-sliding window stop growing. The *workspace* is what a forward pass needs for a moment.
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from quantbatch.errors import ModelError
 from quantbatch.model.formats import stored_quantization
 from quantbatch.model.packed import code_bytes, code_count, dense_tensors
+from quantbatch.model.sizes import first_of
 from quantbatch.spec import FourBit, Int8, Unquantized
 
 if TYPE_CHECKING:
@@ -43,26 +41,6 @@ BLOCK = 64
 NESTED_BLOCK = 256
 """Scales that share a scale of their own under double quantization (arXiv 2305.14314)."""
 
-ACTIVATIONS_OF_HIDDEN, ACTIVATIONS_OF_INNER = 6, 3
-"""Most activations alive at once in a prefill, in multiples of the hidden and the intermediate size
-for each token: residual, norm, queries, keys, values, output; gate, up and their product. Read from
-transformers' Llama; not measured on a card."""
-LOGIT_BYTES = 2 + 4 + 30
-"""For each row and word of the vocabulary: 16-bit logits, the float32 copy that `generate` makes of
-them, and what choosing a token takes, most of all sorting for top_p: the warped scores, sorted
-scores and their places, probabilities and their sums (4 + 4 + 8 + 4 + 4), masks and the result
-(2 + 4). Counted in transformers/generation/logits_process.py, 5.23."""
-GREEDY_LOGIT_BYTES = 2 + 4
-"""The same for a row that takes the likeliest token and nothing else."""
-COUNT_BYTES = 2 * (1 + 4)
-"""For each row and word of the vocabulary, in the continuous engine with penalties: whether it is
-in the prompt and how often in the answer, kept for each place of a batch and taken out for a
-step."""
-QUERY_BLOCK = 256
-"""Tokens of a prompt whose attention scores are there at once in the continuous engine, for models
-that compute them as a whole."""
-INT8_OUTPUT_BYTES = 4 + 2
-"""int8 products are accumulated in 32 bits and then scaled to 16 (bitsandbytes 0.50)."""
 
 HEADS = frozenset({"lm_head", "embed_out", "head", "output"})
 ROUTERS = frozenset({"gate", "router"})
@@ -74,29 +52,6 @@ CONV1D_MODELS = frozenset({"gpt2", "gpt-sw3", "openai-gpt"})
 """Models whose linear layers are transformers' Conv1D, with weights stored as (in, out)."""
 UNQUANTIZED_MODELS = frozenset({"falcon"})
 """Models whose linear layers are a class of their own, which transformers passes over (5.23)."""
-EAGER_MODELS = frozenset(
-    {
-        *("bloom", "codegen", "gemma2", "gpt_neo", "gpt_oss", "gptj", "granite_swa", "mpt"),
-        *("granitemoe_swa", "mimo_v2_flash", "openai-gpt", "vaultgemma", "xglm"),
-    }
-)
-"""Models without SDPA, whose attention scores are there as a whole (`_supports_sdpa`, 5.23)."""
-UNPACKABLE_MODELS = frozenset(
-    {
-        *("bloom", "codegen", "falcon", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "mpt"),
-        *("openai-gpt", "stablelm", "xglm", "biogpt", "cpmant", "blt"),
-    }
-)
-"""Models that do not let their attention be exchanged (`_supports_attention_backend`, 5.23), or ask
-for more than scale, window and softcap (gpt_oss: sinks). Those with state of another kind are known
-by their layers."""
-SLIDING_PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}
-"""Each how many-th layer sees everything, where an older config.json leaves that to the code."""
-ALL_SLIDING = frozenset({"mistral", "mixtral", "phi3", "starcoder2"})
-"""Models that, without `layer_types`, use their `sliding_window` in every layer."""
-
-
-# ---- weights
 
 
 class Part(Enum):
@@ -181,7 +136,7 @@ def weigh_layers(checkpoint: Checkpoint, model: Model) -> LayeredWeights:
     """Compute what each layer takes once it is loaded as the spec asks."""
     dtype = weight_dtype(checkpoint, model)
     model = model.resolved().model_copy(update={"dtype": dtype})
-    count = _first(checkpoint.text_config, "num_hidden_layers", "n_layer", "n_layers")
+    count = first_of(checkpoint.text_config, "num_hidden_layers", "n_layer", "n_layers")
     parts: list[list[TensorInfo]] = [[] for _ in range(count + 2)]
     for tensor in checkpoint.tensors:
         found = LAYER.search(tensor.name)
@@ -354,233 +309,3 @@ def _linear_bytes(
             return int8_bytes(out_features, in_features)
         case FourBit(double_quant=double_quant):
             return four_bit_bytes(out_features * in_features, double_quant=double_quant)
-
-
-# ---- KV cache
-
-
-@dataclass(frozen=True, slots=True)
-class KvShape:
-    """What the cache of one row takes, as a function of its tokens."""
-
-    growing_bytes_per_token: int
-    """Layers that see everything."""
-    sliding_bytes_per_token: int
-    """Layers that see a window."""
-    window_tokens: int
-    fixed_bytes: int
-    """State of linear attention, whatever the length."""
-    layers: int
-
-    @property
-    def bytes_per_token(self) -> int:
-        """What one more token takes as long as no window is full."""
-        return self.growing_bytes_per_token + self.sliding_bytes_per_token
-
-    def row_bytes(self, tokens: int) -> int:
-        """What a row of so many tokens takes while it is decoded."""
-        seen = min(tokens, max(0, self.window_tokens - 1))
-        growing = tokens * self.growing_bytes_per_token
-        return growing + seen * self.sliding_bytes_per_token + self.fixed_bytes
-
-    def prefill_row_bytes(self, tokens: int) -> int:
-        """What a row takes right after its prompt was read: layers with a window still hold all of
-        it, since transformers keeps a view of the whole until the next step (5.23, measured).
-        """
-        return tokens * self.bytes_per_token + self.fixed_bytes
-
-
-def kv_shape(config: Mapping[str, Any], item_bytes: int) -> KvShape:
-    """Derive the cache from the configuration of a language model.
-
-    Args:
-        config: The text part of config.json.
-        item_bytes: Bytes of a cached number: those of the model's type.
-    """
-    layers = _first(config, "num_hidden_layers", "n_layer", "n_layers")
-    types = _layer_types(config, layers)
-    sliding = sum(kind in ("sliding_attention", "chunked_attention") for kind in types)
-    linear = types.count("linear_attention")
-    per_layer = _kv_numel(config) * item_bytes
-    return KvShape(
-        growing_bytes_per_token=(layers - sliding - linear) * per_layer,
-        sliding_bytes_per_token=sliding * per_layer,
-        window_tokens=config.get("sliding_window") or config.get("attention_chunk_size") or 0,
-        fixed_bytes=linear * _linear_attention_bytes(config, item_bytes) if linear else 0,
-        layers=layers,
-    )
-
-
-def _kv_numel(config: Mapping[str, Any]) -> int:
-    """Return the numbers that one layer caches for one token."""
-    if config.get("kv_lora_rank"):
-        # Multi-head latent attention: transformers 5.23 caches the latent (measured).
-        return int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])
-    heads = _heads(config)
-    head_dim = config.get("head_dim") or hidden_size(config) // heads
-    if config.get("multi_query") and not config.get("new_decoder_architecture"):
-        return 2 * int(head_dim)  # Falcon 7B, StarCoder
-    return 2 * int(config.get("num_key_value_heads") or heads) * int(head_dim)
-
-
-def _layer_types(config: Mapping[str, Any], layers: int) -> list[str]:
-    """Return what each layer sees. What is not known counts as all: that errs on the safe side."""
-    if config.get("layer_types"):
-        return list(config["layer_types"])
-    model_type = str(config.get("model_type"))
-    if not config.get("sliding_window") or config.get("use_sliding_window") is False:
-        return ["full_attention"] * layers
-    if model_type in ALL_SLIDING:
-        return ["sliding_attention"] * layers
-    every = config.get("sliding_window_pattern") or SLIDING_PATTERNS.get(model_type, 1)
-    return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
-
-
-def _linear_attention_bytes(config: Mapping[str, Any], item_bytes: int) -> int:
-    """Return the state of one gated delta layer: a float32 matrix for each head, and the window of
-    its convolution (55,296 bytes measured on a small Qwen3-Next, as computed).
-    """
-    key_heads, value_heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
-    key_dim, value_dim = config["linear_key_head_dim"], config["linear_value_head_dim"]
-    channels = 2 * key_heads * key_dim + value_heads * value_dim
-    convolution = channels * config["linear_conv_kernel_dim"] * item_bytes
-    return int(value_heads * key_dim * value_dim * 4 + convolution)
-
-
-def _first(config: Mapping[str, Any], *names: str) -> int:
-    for name in names:
-        if config.get(name) is not None:
-            return int(config[name])
-    raise ModelError(f"config.json has none of {', '.join(names)}")
-
-
-def _heads(config: Mapping[str, Any]) -> int:
-    return _first(config, "num_attention_heads", "n_head", "n_heads")
-
-
-def hidden_size(config: Mapping[str, Any]) -> int:
-    """Return the width of the residual stream."""
-    return _first(config, "hidden_size", "n_embd", "d_model")
-
-
-def unpackable(config: Mapping[str, Any], max_tokens: int) -> str | None:
-    """Return why rows of a model can't be packed into one batch, as far as its configuration tells.
-
-    The continuous engine then leaves it to the static one; what the configuration does not tell is
-    found out by trying (`engine/probe.py`).
-
-    Args:
-        config: The text part of config.json.
-        max_tokens: Prompt and answer of the longest row, in tokens.
-    """
-    if config.get("model_type") in UNPACKABLE_MODELS:
-        return f"{config['model_type']} has an attention of its own"
-    if _rope_depends_on_batch(config, max_tokens):
-        return "positions whose encoding depends on the longest row of a batch (longrope, dynamic)"
-    if config.get("kv_lora_rank"):
-        return "multi-head latent attention, whose cache would be unpacked"
-    kinds = set(_layer_types(config, _first(config, "num_hidden_layers", "n_layer", "n_layers")))
-    other = sorted(kinds - {"full_attention", "sliding_attention"})
-    return f"layers of the kind {', '.join(other)}" if other else None
-
-
-def _rope_depends_on_batch(config: Mapping[str, Any], max_tokens: int) -> bool:
-    """Tell whether rows beyond the original context change how all rows of their batch are encoded
-    (transformers 5.23, `modeling_rope_utils.dynamic_rope_update`).
-    """
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kinds = [found, *(each for each in found.values() if isinstance(each, dict))]
-    for rope in kinds:
-        if (rope.get("rope_type") or rope.get("type")) in ("longrope", "dynamic"):
-            original = rope.get("original_max_position_embeddings")
-            original = original or config.get("original_max_position_embeddings")
-            if max_tokens > int(original or config.get("max_position_embeddings") or 0):
-                return True
-    return False
-
-
-# ---- workspace
-
-
-def dequantized_bytes(weights: Weights, quantization: Quantization, tokens: int) -> int:
-    """Return what multiplying by the largest quantized matrix takes.
-
-    A 4-bit matrix is expanded to the compute type whenever many tokens meet it; int8 quantizes the
-    activations instead, and accumulates in 32 bits.
-    """
-    out_features, in_features = weights.largest_linear
-    match quantization:
-        case Unquantized():
-            return 0
-        case Int8():
-            return tokens * (in_features + out_features * INT8_OUTPUT_BYTES)
-        case FourBit(compute_dtype=dtype):
-            return out_features * in_features * ITEM_BYTES.get(dtype, 2)
-
-
-def activation_bytes(config: Mapping[str, Any], tokens: int, item_bytes: int) -> int:
-    """Return the activations of a prefill of so many tokens, over all rows."""
-    hidden = hidden_size(config)
-    inner = config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_dim")
-    of_inner = ACTIVATIONS_OF_INNER * int(inner or 4 * hidden)
-    return tokens * (ACTIVATIONS_OF_HIDDEN * hidden + of_inner) * item_bytes
-
-
-def mask_bytes(rows: int, tokens: int, item_bytes: int) -> int:
-    """Return the attention mask of a padded batch: boolean, and as numbers for the kernel.
-
-    A single row has no padding, and so no mask.
-    """
-    if rows == 1:
-        return 0
-    return rows * tokens * tokens * (1 + item_bytes)
-
-
-def score_bytes(config: Mapping[str, Any], rows: int, tokens: int, item_bytes: int) -> int:
-    """Return the attention scores of one layer, for models that compute them as a whole: raw, with
-    the mask, and as float32 and rounded probabilities.
-    """
-    if config.get("model_type") not in EAGER_MODELS:
-        return 0
-    return rows * _heads(config) * tokens * tokens * (3 * item_bytes + 4)
-
-
-def expanded_latent_bytes(
-    config: Mapping[str, Any], rows: int, tokens: int, item_bytes: int
-) -> int:
-    """Return keys and values of one layer with multi-head latent attention: they are expanded from
-    the cached latent at each step, for all tokens (`expand_kv` of DeepSeek V3 in transformers 5.23:
-    one tensor of both, and the keys once more with their rotary part).
-    """
-    if not config.get("kv_lora_rank"):
-        return 0
-    nope, rope = int(config["qk_nope_head_dim"]), int(config["qk_rope_head_dim"])
-    numbers = 2 * nope + rope + int(config["v_head_dim"])
-    return rows * tokens * _heads(config) * numbers * item_bytes
-
-
-def packed_score_bytes(config: Mapping[str, Any], tokens: int, item_bytes: int) -> int:
-    """Return the attention scores of one row's piece of a prompt in the continuous engine."""
-    if config.get("model_type") not in EAGER_MODELS:
-        return 0
-    return _heads(config) * QUERY_BLOCK * tokens * (3 * item_bytes + 4)
-
-
-def logit_bytes(config: Mapping[str, Any], rows: int, *, greedy: bool = False) -> int:
-    """Return what choosing the next token of each row takes."""
-    return rows * _first(config, "vocab_size") * (GREEDY_LOGIT_BYTES if greedy else LOGIT_BYTES)
-
-
-def scores_kept_bytes(config: Mapping[str, Any], rows: int, item_bytes: int) -> int:
-    """Return the scores of a recorded step, which stay where they are."""
-    return rows * _first(config, "vocab_size") * item_bytes
-
-
-def count_bytes(config: Mapping[str, Any], rows: int) -> int:
-    """Return what it takes to count the tokens that each row has said, and to look that up."""
-    return rows * _first(config, "vocab_size") * COUNT_BYTES
-
-
-def cache_growth_bytes(shape: KvShape, rows: int, tokens: int) -> int:
-    """Return the copy of one layer that a growing cache makes at each step."""
-    return rows * tokens * shape.bytes_per_token // max(1, shape.layers)

@@ -6,15 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quantbatch.errors import DoesNotFit
-from quantbatch.model import footprint, gguf
-from quantbatch.model.footprint import ITEM_BYTES, kv_shape
-from quantbatch.model.memory import (
-    CPU_PROCESS_BYTES,
-    CUDA_CONTEXT_BYTES,
-    RESERVE,
-    MemoryPlan,
-    gib,
-)
+from quantbatch.model import gguf, workspace
+from quantbatch.model.footprint import ITEM_BYTES
+from quantbatch.model.kv import kv_shape
+from quantbatch.model.memory import CPU_PROCESS_BYTES, CUDA_CONTEXT_BYTES, RESERVE, MemoryPlan
+from quantbatch.model.sizes import gib
 
 if TYPE_CHECKING:
     from quantbatch.model.checkpoint import Checkpoint
@@ -65,12 +61,12 @@ def _plan(checkpoint: Checkpoint, work: Work, rows: int, device_bytes: int | Non
     shape = kv_shape(config, ITEM_BYTES["float16"])
     step_tokens = max(work.step_tokens or 0, rows)
     kv_tokens = rows * padded_row(work.max_tokens)
-    computed = footprint.activation_bytes(config, step_tokens, item_bytes)
+    computed = workspace.activation_bytes(config, step_tokens, item_bytes)
     return MemoryPlan(
         weight_bytes=gguf.stored_bytes(checkpoint.tensors),
         kv_bytes_per_token=shape.bytes_per_token,
         kv_bytes=kv_tokens * shape.bytes_per_token,
-        workspace_bytes=computed + footprint.logit_bytes(config, rows, greedy=work.greedy),
+        workspace_bytes=computed + workspace.logit_bytes(config, rows, greedy=work.greedy),
         overhead_bytes=CPU_PROCESS_BYTES if device_bytes is None else CUDA_CONTEXT_BYTES,
         reserve_bytes=int(RESERVE * computed),
         batch_size=rows,

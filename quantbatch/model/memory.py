@@ -20,27 +20,20 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from quantbatch.engine.blocks import BLOCK_TOKENS, blocks_for
-from quantbatch.errors import DoesNotFit
-from quantbatch.model import footprint
-from quantbatch.model.cards import CARDS
-from quantbatch.model.footprint import (
-    ITEM_BYTES,
-    Part,
-    kv_shape,
-    unpackable,
-    weigh,
-    weigh_layers,
-    weight_dtype,
-)
+from quantbatch.model import workspace
+from quantbatch.model.footprint import ITEM_BYTES, weigh, weigh_layers, weight_dtype
 from quantbatch.model.formats import stored_quantization
+from quantbatch.model.kv import kv_shape, unpackable
+from quantbatch.model.misfit import does_not_fit
 from quantbatch.model.spread import spread
-from quantbatch.spec import ContinuousEngine, FourBit, Int8, Unquantized
+from quantbatch.spec import ContinuousEngine, Unquantized
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from quantbatch.model.checkpoint import Checkpoint
-    from quantbatch.model.footprint import KvShape, LayeredWeights, Weights
+    from quantbatch.model.footprint import LayeredWeights, Weights
+    from quantbatch.model.kv import KvShape
     from quantbatch.spec import JobSpec, Model, Quantization
 
 CUDA_CONTEXT_BYTES = 800 * 2**20
@@ -83,10 +76,6 @@ tokens to 1.1 at 2,048 (roofline of a 4090)."""
 PACKED_RESERVE = 0.01
 """Share of the card that the continuous engine leaves for fragmentation, beside `RESERVE` of its
 workspace; its pool is allocated once."""
-
-LENGTH_STEP = 64
-"""Tokens; shorter rows than this are no help."""
-GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +182,7 @@ def plan_memory(
     load = Load(checkpoint, model, weigh(checkpoint, model), work, device_bytes)
     plan = load.best()
     if plan is None:
-        raise _does_not_fit(load, work.batch_size or 1)
+        raise does_not_fit(load, work.batch_size or 1)
     return plan
 
 
@@ -356,13 +345,13 @@ class Load:
         config, item_bytes = self.checkpoint.text_config, self._item_bytes
         tokens = rows * self.work.prompt_tokens
         return (
-            footprint.dequantized_bytes(self.weights, self._quantization, tokens)
-            + footprint.activation_bytes(config, tokens, item_bytes)
-            + footprint.mask_bytes(rows, self.work.prompt_tokens, item_bytes)
-            + footprint.score_bytes(config, rows, self.work.prompt_tokens, item_bytes)
-            + footprint.logit_bytes(config, rows)
-            + footprint.cache_growth_bytes(self.shape, rows, self.work.max_tokens)
-            + footprint.expanded_latent_bytes(config, rows, self.work.max_tokens, item_bytes)
+            workspace.dequantized_bytes(self.weights, self._quantization, tokens)
+            + workspace.activation_bytes(config, tokens, item_bytes)
+            + workspace.mask_bytes(rows, self.work.prompt_tokens, item_bytes)
+            + workspace.score_bytes(config, rows, self.work.prompt_tokens, item_bytes)
+            + workspace.logit_bytes(config, rows)
+            + workspace.cache_growth_bytes(self.shape, rows, self.work.max_tokens)
+            + workspace.expanded_latent_bytes(config, rows, self.work.max_tokens, item_bytes)
         )
 
     def _packed_workspace_bytes(self, rows: int) -> int:
@@ -370,14 +359,14 @@ class Load:
         config, item_bytes = self.checkpoint.text_config, self._item_bytes
         tokens = max(rows, self.work.step_tokens)
         return (
-            footprint.dequantized_bytes(self.weights, self._quantization, tokens)
-            + footprint.activation_bytes(config, tokens, item_bytes)
-            + footprint.packed_score_bytes(config, self.work.max_tokens, item_bytes)
-            + footprint.logit_bytes(config, rows, greedy=self.work.greedy)
-            + (footprint.count_bytes(config, rows) if self.work.counts_tokens else 0)
+            workspace.dequantized_bytes(self.weights, self._quantization, tokens)
+            + workspace.activation_bytes(config, tokens, item_bytes)
+            + workspace.packed_score_bytes(config, self.work.max_tokens, item_bytes)
+            + workspace.logit_bytes(config, rows, greedy=self.work.greedy)
+            + (workspace.count_bytes(config, rows) if self.work.counts_tokens else 0)
             + self._recorded_bytes(rows)
             # Prompts in pieces gather what a layer has of them, at most all rows' own.
-            + footprint.cache_growth_bytes(
+            + workspace.cache_growth_bytes(
                 self.shape, 1, self.work.step_tokens + 2 * self.work.max_tokens
             )
         )
@@ -391,9 +380,9 @@ class Load:
         config, item_bytes = self.checkpoint.text_config, self._item_bytes
         return (
             BLOCK_TOKENS * self.shape.bytes_per_token
-            + footprint.scores_kept_bytes(config, rows, item_bytes)
-            + footprint.dequantized_bytes(self.weights, self._quantization, rows)
-            + footprint.activation_bytes(config, rows, item_bytes)
+            + workspace.scores_kept_bytes(config, rows, item_bytes)
+            + workspace.dequantized_bytes(self.weights, self._quantization, rows)
+            + workspace.activation_bytes(config, rows, item_bytes)
         )
 
     def of_length(self, tokens: int) -> Load:
@@ -406,100 +395,3 @@ class Load:
         change = {"bits": bits, "quantization": None, "dtype": "auto"}
         model = self.model.model_copy(update=change)
         return replace(self, model=model, weights=weigh(self.checkpoint, model))
-
-
-def _does_not_fit(load: Load, rows: int) -> DoesNotFit:
-    plan = load.plan(rows)
-    assert plan.device_bytes is not None
-    problem = (
-        f"{load.checkpoint.id} at {_bits(load)} does not fit: it needs {gib(plan.total)} and"
-        f" {_devices(load.work.cards)} {gib(plan.device_bytes)}\n"
-        f"  weights {gib(plan.weight_bytes)}"
-        f" + KV cache {gib(plan.kv_bytes)} ({_cached(load, rows)} tokens, "
-        f"{plan.kv_bytes_per_token / 1024:g} KiB each)"
-        f" + workspace {gib(plan.workspace_bytes)} + CUDA context {gib(plan.overhead_bytes)}"
-        f" + reserve {gib(plan.reserve_bytes)}"
-    )
-    experts = load.weights.bytes.get(Part.EXPERT, 0)
-    if experts:
-        problem += f"\n  {gib(experts)} of the weights are experts, which stay in 16 bits"
-    return DoesNotFit(problem, _cheapest_help(load, rows))
-
-
-def _devices(cards: int) -> str:
-    return "the device has" if cards == 1 else f"its {cards} cards have together"
-
-
-def _cached(load: Load, rows: int) -> str:
-    longest = f"{load.work.max_tokens:,}"
-    return f"{rows} x {longest}" if load.work.step_tokens is None else f"one row of {longest}"
-
-
-def _cheapest_help(load: Load, rows: int) -> str:
-    """Find what makes it fit: first what costs speed only, then what costs input, then quality."""
-    for fewer in range(rows - 1, 0, -1):
-        if load.plan(fewer).fits:
-            return f"engine.batch_size {fewer} fits"
-    tokens = _longest_fitting(load)
-    if tokens:
-        return f"rows of {tokens:,} tokens fit one at a time: lower engine.max_input_tokens"
-    for bits, lighter in _lighter(load):
-        if lighter.plan(1).fits:
-            return f"model.bits {bits} fits: its weights take {gib(lighter.weights.total_bytes)}"
-    for cards in (2, 4, 8):
-        wider = replace(load, work=replace(load.work, cards=cards))
-        if cards > load.work.cards and load.device_bytes and wider.plan(1).fits:
-            spread_out = (
-                f"cluster.gpus_per_replica {cards} fits: its layers are spread over the cards"
-            )
-            return f"{spread_out}{_larger_card(load, '; so does ')}"
-    return f"it takes a larger card{_larger_card(load, ', such as ')}, or a smaller model"
-
-
-def _larger_card(load: Load, before: str) -> str:
-    """Name the smallest card that holds a model in the bits that were asked for; nothing if none
-    does.
-    """
-    for card in sorted(CARDS, key=lambda card: card.memory_gib):
-        alone = replace(load.work, cards=1)
-        if replace(load, work=alone, device_bytes=card.memory_bytes).plan(1).fits:
-            return f"{before}one {card.name} with {card.memory_gib:g} GiB"
-    return ""
-
-
-def _longest_fitting(load: Load) -> int:
-    """Return the most tokens with which one row fits, in steps of `LENGTH_STEP`; 0 if none does."""
-    fitting, too_long = 0, math.ceil(load.work.max_tokens / LENGTH_STEP)
-    while too_long - fitting > 1:
-        middle = (fitting + too_long) // 2
-        if load.of_length(middle * LENGTH_STEP).plan(1).fits:
-            fitting = middle
-        else:
-            too_long = middle
-    return fitting * LENGTH_STEP
-
-
-def _lighter(load: Load) -> Iterator[tuple[int, Load]]:
-    """Yield the same model in fewer bits, the most bits first."""
-    bits: tuple[Literal[4, 8, 16], ...] = (16, 8, 4)
-    for each in bits if load.checkpoint.quantized is None else ():
-        other = load.in_bits(each)
-        if other.weights.total_bytes < load.weights.total_bytes:
-            yield each, other
-
-
-def _bits(load: Load) -> str:
-    if load.checkpoint.quantized is not None:
-        return f"its own quantization ({load.checkpoint.quantized})"
-    match load.model.resolved().quantization:
-        case FourBit(kind=kind, double_quant=double_quant):
-            return f"4 bits ({kind}{' with double quantization' if double_quant else ''})"
-        case Int8():
-            return "8 bits (int8)"
-        case _:
-            return f"{8 * ITEM_BYTES[weight_dtype(load.checkpoint, load.model)]} bits"
-
-
-def gib(count: int) -> str:
-    """Write a number of bytes for people, in GiB or MiB."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB // 8 else f"{count / 2**20:.1f} MiB"

@@ -48,7 +48,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantbatch.errors import ModelError, StorageError
-from quantbatch.model.memory import gib
+from quantbatch.model.sizes import gib
 from quantbatch.storage import local_folder, open_store, redact, scratch_folder
 from quantbatch.weights import copies
 from quantbatch.weights.copies import DamagedError, StoredFile

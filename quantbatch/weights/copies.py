@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from quantbatch.errors import StorageError
-from quantbatch.model.memory import gib
+from quantbatch.model.sizes import gib
 from quantbatch.weights.node import locked, node_folder
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 
 from quantbatch.model.footprint import weigh
 from quantbatch.model.headers import shard_names
-from quantbatch.model.memory import gib
+from quantbatch.model.sizes import gib
 from quantbatch.spec import FourBit, Int8
 from quantbatch.weights import bnb, packed, placement, pretrained, turns
 from quantbatch.weights.cache import Found, WeightCache

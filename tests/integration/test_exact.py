@@ -16,7 +16,8 @@ from quantbatch.engine.continuous import ContinuousEngine, EngineLimits
 from quantbatch.engine.paged import PagedStore
 from quantbatch.engine.slots import GROWTH_TOKENS, SlotStore
 from quantbatch.model.checkpoint import open_checkpoint
-from quantbatch.model.footprint import kv_shape, weigh
+from quantbatch.model.footprint import weigh
+from quantbatch.model.kv import kv_shape
 from quantbatch.model.memory import Work, plan_memory
 from quantbatch.model.widths import every_width
 from quantbatch.records import Request, RequestId

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from quantbatch.errors import DoesNotFit, ModelError
 from quantbatch.model.checkpoint import open_checkpoint
-from quantbatch.model.footprint import Part, kv_shape, weigh
+from quantbatch.model.footprint import Part, weigh
+from quantbatch.model.kv import kv_shape
 from quantbatch.model.memory import Work, plan_memory
 from quantbatch.spec import FourBit, Int8, Model, Unquantized
 from quantbatch.weights import bnb, loading

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from quantbatch.model.cards import find
-from quantbatch.model.footprint import Part, kv_shape, weigh
+from quantbatch.model.footprint import Part, weigh
+from quantbatch.model.kv import kv_shape
 from quantbatch.model.memory import Work
 from quantbatch.model.widths import every_width
 from quantbatch.spec import FourBit, Model

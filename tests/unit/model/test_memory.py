@@ -16,18 +16,14 @@ from quantbatch.errors import DoesNotFit, ModelError
 from quantbatch.model.checkpoint import Checkpoint
 from quantbatch.model.footprint import (
     Part,
-    activation_bytes,
-    dequantized_bytes,
     four_bit_bytes,
     int8_bytes,
-    kv_shape,
-    score_bytes,
-    unpackable,
     weigh,
     weigh_layers,
     weight_dtype,
 )
 from quantbatch.model.headers import TensorInfo
+from quantbatch.model.kv import kv_shape, unpackable
 from quantbatch.model.memory import (
     CUDA_CONTEXT_BYTES,
     MAX_PADDED_ROWS,
@@ -35,6 +31,7 @@ from quantbatch.model.memory import (
     Work,
     plan_memory,
 )
+from quantbatch.model.workspace import activation_bytes, dequantized_bytes, score_bytes
 from quantbatch.spec import FourBit, Int8, Model
 
 if TYPE_CHECKING:
