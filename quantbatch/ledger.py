@@ -1,6 +1,7 @@
 """Who owns an output, what of it is done, and what readers may see: the commit protocol.
 
-    OUT/[day=.../]part-<shard>.parquet             visible to readers: whole shards only
+    OUT/[day=.../]part-<shard>.parquet             visible to readers: whole shards only; or
+                  part-<shard>.jsonl and, of requests that failed, part-<shard>.errors.jsonl
     OUT/_SUCCESS                                   JSON manifest, when all of the input is answered
     OUT/_quantbatch/job.json                       claimed by the first driver: fingerprint, spec,
     versions
@@ -26,6 +27,7 @@ import functools
 import hashlib
 import json
 import platform
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,6 +39,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quantbatch import rows as row_layout
+from quantbatch.batchfile import lines
 from quantbatch.errors import Refused
 from quantbatch.plan import Plan
 from quantbatch.records import Counts, Receipt
@@ -94,6 +97,8 @@ class OutputFormat(NamedTuple):
     """Its metadata carries fingerprint and versions."""
     prefix: str
     compression: str
+    lines: bool = False
+    """Whether readers see lines (`batchfile.lines`), made from the same committed rows."""
 
 
 class Commit(NamedTuple):
@@ -175,6 +180,18 @@ def publish_shard(
     """
     commits = [_record(Commit, store.read(commit_key(chunk))) for chunk in chunks]
     assert sum(commit.rows for commit in commits) == shard.rows, f"rows of shard {shard.id}"
+    counts = sum((commit.counts for commit in commits), Counts())
+    key = _write_lines(store, shard, commits) if target.lines else shard.key
+    if not target.lines:
+        _write_parquet(store, shard, commits, target)
+    published = Published(shard.id, key, counts)
+    store.put(shard_key(shard.id), published.to_bytes())
+    return published
+
+
+def _write_parquet(
+    store: Store, shard: Shard, commits: Sequence[Commit], target: OutputFormat
+) -> None:
     # Checksums, so that a byte that flips on a disk is noticed when it is read.
     options = {"compression": target.compression, "write_page_checksum": True}
     with scratch_file() as path:
@@ -184,9 +201,29 @@ def publish_shard(
         written = pq.read_metadata(path).num_rows
         assert written == shard.rows, f"shard {shard.id}: {written} of {shard.rows} rows written"
         store.put_file(shard.key, path)
-    published = Published(shard.id, shard.key, sum((c.counts for c in commits), Counts()))
-    store.put(shard_key(shard.id), published.to_bytes())
-    return published
+
+
+def _write_lines(store: Store, shard: Shard, commits: Sequence[Commit]) -> str:
+    """Write a shard's output file, and before it that of its failed requests, if there are any.
+
+    Returns:
+        The key of the output file.
+    """
+    key = lines.output_key(shard.key)
+    created: int = json.loads(store.read(JOB))["created"]
+    with scratch_file() as output, scratch_file() as errors:
+        with output.open("w", encoding="utf-8") as good, errors.open("w", encoding="utf-8") as bad:
+            writer = lines.Lines(shard.id, created, good, bad)
+            for commit in commits:
+                writer.write(_committed_rows(store, commit))
+        written = writer.answered + writer.failed
+        assert written == shard.rows, f"shard {shard.id}: {written} of {shard.rows} rows written"
+        if writer.failed:
+            store.put_file(lines.errors_key(key), errors)
+        else:
+            store.delete(lines.errors_key(key))
+        store.put_file(key, output)
+    return key
 
 
 def _committed_rows(store: Store, commit: Commit) -> pa.Table:
@@ -352,7 +389,8 @@ class Ledger:
         note = {"fingerprint": self.fingerprint, "versions": versions()}
         output = self.spec.output
         schema = schema.with_metadata({"quantbatch": json.dumps(note, sort_keys=True)})
-        return OutputFormat(schema, output.prefix, output.compression)
+        lines = output.format == "openai-batch"
+        return OutputFormat(schema, output.prefix, output.compression, lines)
 
     def _job_record(self) -> dict[str, Any]:
         return {
@@ -362,6 +400,7 @@ class Ledger:
             "identity": self.identity,
             "spec": self.spec.resolved().model_dump(mode="json"),
             "versions": versions(),
+            "created": int(time.time()),
             "claim": uuid.uuid4().hex,
         }
 

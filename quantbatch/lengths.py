@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from quantbatch.errors import InputError, StorageError
 from quantbatch.input import listing, sources
-from quantbatch.prompts.rendering import Renderer
+from quantbatch.prompts.renderers import renderer_of
 from quantbatch.prompts.tokens import counting_tokenizer
 from quantbatch.records import Slice
 from quantbatch.storage import open_store
@@ -121,8 +121,8 @@ def sample_lengths(
     Raises:
         ModelError: The tokenizer can't be loaded.
     """
-    renderer = Renderer(
-        spec.prompt,
+    renderer = renderer_of(
+        spec,
         counting_tokenizer(checkpoint),
         max_prompt_tokens=max(COUNTED_TOKENS, max_input_tokens),
     )

@@ -138,7 +138,9 @@ class Replica:
 
     def __init__(self, job: ReplicaJob) -> None:
         started = time.perf_counter()
-        self._spec = job.spec
+        # Tasks that name single tokens look the tokenizer up from here.
+        model = job.spec.model.seen_from(job.driver_folder)
+        self._spec = job.spec.model_copy(update={"model": model})
         self._broken: JobError | None = None
         self._samplings: dict[str, Sampling] = {}
         self._stats = ReplicaStats(replica=uuid.uuid4().hex[:8], device=job.device)
@@ -192,11 +194,12 @@ class Replica:
         self, chunk: int, row: int, row_id: str, prompt: list[int], ask: Ask
     ) -> Iterator[Request]:
         sampling = self._sampling(ask)
-        for sample in range(sampling.n if isinstance(ask.want, Write) else 1):
+        samples = sampling.n if isinstance(ask.want, Write) else 1
+        for sample, ids in enumerate(
+            ids for ids in (tuple(prompt), *ask.more_prompts) for _ in range(samples)
+        ):
             seed = sample_seed(sampling.seed, row_id, sample)
-            yield Request(
-                RequestId(chunk, row, sample), tuple(prompt), sampling, seed, want=ask.want
-            )
+            yield Request(RequestId(chunk, row, sample), ids, sampling, seed, want=ask.want)
 
     def _sampling(self, ask: Ask) -> Sampling:
         """Return a row's sampling; equal ones are one object, which engines compare quickly."""

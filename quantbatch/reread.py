@@ -235,7 +235,7 @@ class InputRows:
                 return self._parquet(file, list(dict.fromkeys(names)))
             case "csv":
                 return self._text(file, self._csv)
-            case "jsonl":
+            case "jsonl" | "openai-batch":
                 types = {field.name: field.type for field in kept}
                 if self._spec.key:
                     types.setdefault(self._spec.key, pa.string())

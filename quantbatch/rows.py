@@ -146,8 +146,15 @@ def answered(rows: pa.Table, answers: Sequence[Sequence[Answer]], spec: JobSpec)
     }
     names = [described.name for described in tasks.fields(spec)]
     columns |= dict(zip(names, tasks.columns(spec, asks, answers), strict=True))
-    columns["prompt_tokens"] = pc.list_value_length(rows["prompt_ids"])
+    columns["prompt_tokens"] = _prompt_tokens(rows["prompt_ids"], asks)
     return pa.table(columns, metadata=rows.schema.metadata)
+
+
+def _prompt_tokens(prompt_ids: pa.ChunkedArray, asks: Sequence[Ask]) -> pa.ChunkedArray:
+    """Return the tokens of each row's prompts."""
+    tokens = pc.list_value_length(prompt_ids)
+    more = [sum(map(len, ask.more_prompts)) for ask in asks]
+    return pc.add(tokens, pa.array(more, pa.int32())) if any(more) else tokens
 
 
 def counts_of(rows: pa.Table) -> Counts:

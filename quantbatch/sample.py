@@ -15,7 +15,8 @@ from quantbatch import preflight, rows, sizing
 from quantbatch.errors import InputError, SpecError
 from quantbatch.input import listing, sources
 from quantbatch.model.checkpoint import find_checkpoint
-from quantbatch.prompts.rendering import Renderer, check_prompt, row_seed
+from quantbatch.prompts.renderers import renderer_of
+from quantbatch.prompts.rendering import check_prompt, row_seed
 from quantbatch.prompts.templates import missing_column
 from quantbatch.prompts.tokens import tokenizer_of
 from quantbatch.records import Chunk, Request, RequestId, Slice
@@ -126,8 +127,8 @@ def sample(spec: JobSpec, count: int) -> list[Sampled]:
     spec = spec.resolved()
     checkpoint, head = check(spec, count)
     tokenizer = tokenizer_of(checkpoint)
-    renderer = Renderer(
-        spec.prompt,
+    renderer = renderer_of(
+        spec,
         tokenizer,
         max_prompt_tokens=preflight.input_limit(spec, checkpoint),
         too_long=spec.engine.too_long,

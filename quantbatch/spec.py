@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from quantbatch.batchfile import specs
 from quantbatch.model import cards
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -54,9 +55,14 @@ class Input(Section):
     uri: str | Annotated[list[str], Field(min_length=1)]
     """A file, a glob, a folder (read with all its sub-folders; `day=2026-01-01` in a path becomes a
     column `day`) or a list of those; a local path or s3://bucket/key."""
-    format: Literal["auto", "parquet", "jsonl", "csv"] = "auto"
+    format: Literal["auto", "parquet", "jsonl", "csv", "openai-batch"] = "auto"
     """Format of the files; `auto` goes by the ending: .parquet, .jsonl, .ndjson, .csv, also with
-    .gz or .zst."""
+    .gz or .zst. `openai-batch` are the requests that hosted APIs take in batches, one on a line
+    ({custom_id, method, url, body}), for /v1/chat/completions, /v1/completions and /v1/embeddings.
+    The key is then `custom_id`, the task `openai`, and there is no prompt, but for
+    `chat_template_kwargs`. What a body says goes before `sampling`, whose temperature is 1 then
+    unless it is set. An option that can't be honoured is an error of its row. All rows are answered
+    by `model`, whatever model they name."""
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
     """The character between two fields of a CSV file."""
     key: str | None = None
@@ -229,8 +235,19 @@ class Generate(Section):
     kind: Literal["generate"] = "generate"
 
 
-Task = Generate
-"""What is asked of each row; becomes a union on `kind` as tasks are added."""
+class BatchRequests(Section):
+    """What each row of a batch file says itself: the task of the input format `openai-batch`. Adds
+    `response`, the body of the response as JSON text.
+    """
+
+    kind: Literal["openai"] = "openai"
+    pooling: Literal["last", "mean"] = "last"
+    """What becomes the vector of a text in /v1/embeddings: the hidden state of its last token, or
+    the mean of all. Vectors have the length 1."""
+
+
+Task = Annotated[Generate | BatchRequests, Field(discriminator="kind")]
+"""What is asked of each row."""
 
 TokenKey = Annotated[int, Field(ge=0, strict=False)]
 """A token id as the key of a mapping: JSON makes texts of keys, and a spec goes through JSON."""
@@ -463,6 +480,10 @@ class Output(Section):
 
     uri: str
     """A folder: a local path or s3://bucket/prefix."""
+    format: Literal["parquet", "openai-batch"] = "parquet"
+    """Format of the files. `openai-batch`, which is usual for input of that format and for no
+    other, are lines {id, custom_id, response, error} in part-000000.jsonl, and those of requests
+    that failed in part-000000.errors.jsonl."""
     keep: Literal["all"] | list[str] = "all"
     """Input columns to carry into the output."""
     prefix: str = ""
@@ -510,6 +531,19 @@ class JobSpec(Section):
         if isinstance(data, dict) and isinstance(engine := data.get("engine"), dict):
             return data | {"engine": {"kind": "continuous"} | engine}
         return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_for_a_batch_file(cls, data: Any) -> Any:  # noqa: ANN401 - whatever the YAML holds
+        """Fill in what follows from an input of requests, where nothing else is said."""
+        if not isinstance(data, dict) or not isinstance(given := data.get("input"), dict):
+            return data
+        return specs.filled_in(data) if given.get("format") == specs.BATCH_FILE else data
+
+    @model_validator(mode="after")
+    def _all_of_it_is_a_batch_file(self) -> Self:
+        specs.check(self)
+        return self
 
     def resolved(self) -> JobSpec:
         """Return the spec with its short forms written out, as it is logged, saved and

@@ -21,7 +21,7 @@ from quantbatch.errors import InputError, JobError, RowError, Stopped, StorageEr
 from quantbatch.input import listing, sources
 from quantbatch.ledger import commit_chunk
 from quantbatch.model.checkpoint import find_checkpoint
-from quantbatch.prompts.rendering import Renderer
+from quantbatch.prompts.renderers import renderer_of
 from quantbatch.prompts.tokens import tokenizer_of
 from quantbatch.records import Chunk, Receipt, Slice, Trouble, pack, unpack
 from quantbatch.storage import open_store
@@ -29,7 +29,9 @@ from quantbatch.storage import open_store
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from quantbatch.batchfile.prompts import RequestRenderer
     from quantbatch.ledger import OutputFormat
+    from quantbatch.prompts.rendering import Renderer
     from quantbatch.spec import JobSpec
     from quantbatch.storage import Store
 
@@ -85,9 +87,8 @@ def read_and_render(item: pa.Table, *, job: ReadJob) -> pa.Table:
     if key:
         # A row that can't be read has no key; its place is still its own.
         ids = pc.coalesce(table[key].cast(pa.string()), ids)
-    found = rows.rendered(
-        table.select(job.kept), ids, prompts.token_ids, {**prompts.errors, **errors}
-    )
+    errors = {**prompts.errors, **errors}
+    found = rows.rendered(table.select(job.kept), ids, prompts.token_ids, errors, prompts.asks)
     facts = rows.ChunkFacts(chunk.shard, chunk.rows, unreadable=unreadable)
     return pack(chunk.id, rows.with_facts(found, facts))
 
@@ -151,11 +152,11 @@ def _store(job: ReadJob) -> Store:
 
 
 @lru_cache(maxsize=4)
-def _renderer(job: ReadJob) -> Renderer:
+def _renderer(job: ReadJob) -> Renderer | RequestRenderer:
     """Build the renderer once in a worker process: loading a tokenizer takes seconds."""
     checkpoint = find_checkpoint(job.spec.model.seen_from(job.driver_folder))
-    return Renderer(
-        job.spec.prompt,
+    return renderer_of(
+        job.spec,
         tokenizer_of(checkpoint),
         max_prompt_tokens=job.max_input_tokens,
         too_long=job.spec.engine.too_long,

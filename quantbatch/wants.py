@@ -75,23 +75,35 @@ class Ask:
     """Fields of `spec.Sampling` that this row has its own values for."""
     about: Any = None
     """What the row's task needs to know of it when the answer is there, in JSON types."""
+    more_prompts: tuple[tuple[int, ...], ...] = ()
+    """Token ids of further prompts of the row, of each of which it wants the same; their answers
+    follow those of the first."""
 
     def to_json(self) -> str:
         """Return the ask as JSON."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
 
+MOST_CHARS = 10_000
+"""Longer texts are not remembered: such a one belongs to a single row."""
 USUAL = Ask()
 """What a row asks for that says nothing."""
 
 
-@lru_cache(maxsize=4096)
 def read_ask(text: str | None) -> Ask:
     """Read what `Ask.to_json` wrote; the result is shared and must not be changed."""
     if text is None:
         return USUAL
+    return _remembered(text) if len(text) <= MOST_CHARS else _read(text)
+
+
+def _read(text: str) -> Ask:
     found = json.loads(text)
-    return Ask(_read_want(found["want"]), found["sampling"], found["about"])
+    more = tuple(tuple(ids) for ids in found["more_prompts"])
+    return Ask(_read_want(found["want"]), found["sampling"], found["about"], more)
+
+
+_remembered = lru_cache(maxsize=4096)(_read)
 
 
 def _read_want(found: dict[str, Any]) -> Want:

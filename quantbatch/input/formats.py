@@ -10,7 +10,7 @@ from quantbatch.errors import InputError
 if TYPE_CHECKING:
     from quantbatch.spec import Input
 
-Format = Literal["parquet", "jsonl", "csv"]
+Format = Literal["parquet", "jsonl", "csv", "openai-batch"]
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """Endings of compressed text, with pyarrow's names of the codecs."""

@@ -24,6 +24,7 @@ from quantbatch.errors import InputError, JobError, RowError, StorageError
 from quantbatch.input.formats import Format, codec_of, format_of
 from quantbatch.input.jsonlines import Row, infer_schema, parse, read_json
 from quantbatch.input.parquetfiles import ParquetCursor, parquet_facts, without_bad_text
+from quantbatch.input.requestfiles import REQUESTS, unnamed_requests
 from quantbatch.input.schemas import unify_schemas
 from quantbatch.input.textfiles import Mark, TextCursor, TextFile, read_csv
 
@@ -94,11 +95,12 @@ def inspect(store: Store, file: InputFile, input: Input) -> FileFacts:
         kind = format_of(file.name, input)
         if kind == "parquet":
             return FileFacts(*parquet_facts(store, file.name))
-        return _inspect_text(_text_file(store, file.name, kind, input))
+        found = _inspect_text(_text_file(store, file.name, kind, input))
+        return replace(found, schema=REQUESTS) if kind == "openai-batch" else found
 
 
 def _text_file(store: Store, name: str, kind: Format, input: Input) -> TextFile:
-    if kind == "jsonl":
+    if kind in ("jsonl", "openai-batch"):
         return TextFile(store, name, None)
     if input.delimiter in '"\r\n':
         raise InputError(f"input.delimiter: {input.delimiter!r} can't delimit fields")
@@ -255,6 +257,7 @@ class _TextReader(NamedTuple):
 
     file: TextFile
     cursor: TextCursor
+    kind: Format
 
     def close(self) -> None:
         self.cursor.close()
@@ -311,7 +314,7 @@ def _open_reader(
     if kind == "parquet":
         return ParquetCursor(store, name, columns)
     file = _text_file(store, name, kind, input)
-    return _TextReader(file, TextCursor(file))
+    return _TextReader(file, TextCursor(file), kind)
 
 
 def _read(reader: _Reader, piece: Slice, schema: pa.Schema) -> SliceRows:
@@ -322,6 +325,8 @@ def _read(reader: _Reader, piece: Slice, schema: pa.Schema) -> SliceRows:
     records = reader.cursor.take(piece)
     if reader.file.delimiter is None:
         arrays, errors = read_json(records, schema, reader.file)
+        if reader.kind == "openai-batch":
+            errors |= unnamed_requests(records, arrays, reader.file, errors)
         return SliceRows(_conform(arrays, schema, piece.rows), errors)
     fields, errors = read_csv(records, reader.cursor.columns, reader.file)
     texts = {n: pa.array(fields[n], pa.string()) for n in schema.names if n in fields}

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import pyarrow as pa
 from jinja2 import TemplateError
@@ -62,6 +62,8 @@ class Prompts:
     token_ids: pa.ListArray
     """Lists of int32, one for each row in order; null where `errors` has the row."""
     errors: dict[int, RowError]
+    asks: pa.Array | None = None
+    """`wants.Ask` as JSON for each row; None where no row asks for anything of its own."""
 
 
 def row_seed(job_seed: int, row_id: str) -> int:
@@ -131,7 +133,7 @@ class _Prompt(NamedTuple):
     """What the text was rendered from, in the format `chat`."""
 
 
-class _ChatTemplate:
+class ChatTemplate:
     """The model's chat template.
 
     Args:
@@ -159,19 +161,26 @@ class _ChatTemplate:
         except CHAT_ERRORS:
             return [self.render_one(conversation) for conversation in conversations]
 
-    def render_one(self, conversation: Conversation) -> str | RowError:
+    def render_one(
+        self, conversation: Conversation, tools: list[dict[str, Any]] | None = None
+    ) -> str | RowError:
         """Return the text of a conversation, or what the template has against it."""
         try:
-            return self._texts([conversation])[0]
+            return self._texts([conversation], tools)[0]
         except CHAT_ERRORS as error:
             return RowError("chat_template", f"the model's chat template: {str(error)[:500]}")
 
-    def _texts(self, conversations: list[Conversation]) -> list[str]:
+    def _texts(
+        self, conversations: list[Conversation], tools: list[dict[str, Any]] | None = None
+    ) -> list[str]:
         # What tokenizer.apply_chat_template does, less what it repeats on each call.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered: Any = render_jinja_template(
-            conversations=conversations, chat_template=self.source, **self._variables
+            conversations=conversations,
+            tools=cast("Any", tools),
+            chat_template=self.source,
+            **self._variables,
         )
         texts: list[str] = rendered[0]
         return texts
@@ -202,7 +211,7 @@ class Renderer:
     ) -> None:
         self._arguments = (prompt, tokenizer, max_prompt_tokens, too_long)
         self._prompt = prompt
-        self._chat = _ChatTemplate(prompt, tokenizer) if prompt.format == "chat" else None
+        self._chat = ChatTemplate(prompt, tokenizer) if prompt.format == "chat" else None
         source = self._chat.source if self._chat else prompt.template or ""
         self._roles = ROLES | set(re.findall(r"""['"](\w+)['"]""", source))
         self._control = ControlTokens(tokenizer, source)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from quantbatch.records import Failure, Status
-from quantbatch.tasks import generate
+from quantbatch.spec import BatchRequests, Generate
+from quantbatch.tasks import generate, requests
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +32,11 @@ class Result(NamedTuple):
 
 def fields(spec: JobSpec) -> list[pa.Field]:
     """Return the columns that a job's task adds to a row."""
-    return generate.fields(spec.sampling)
+    match spec.task:
+        case Generate():
+            return generate.fields(spec.sampling)
+        case BatchRequests():
+            return requests.fields()
 
 
 def result(spec: JobSpec, ask: Ask, answers: Sequence[Answer]) -> Result:
@@ -44,6 +49,8 @@ def result(spec: JobSpec, ask: Ask, answers: Sequence[Answer]) -> Result:
     """
     if not answers:
         return Result(Status.ERROR)
+    if isinstance(spec.task, BatchRequests):
+        return Result(*requests.status(ask, answers))
     samples = ask.sampling.get("n", spec.sampling.n)
     assert len(answers) == samples, "a row lacks samples"
     return Result(generate.status(answers), generate.failure(answers))
@@ -59,5 +66,6 @@ def columns(
         asks: What each row asked for.
         answers: The answers of each row; none for a row without one.
     """
-    del asks
+    if isinstance(spec.task, BatchRequests):
+        return requests.columns(spec, asks, answers)
     return generate.columns(answers, spec.sampling)
