@@ -301,6 +301,22 @@ def _indented(text: str) -> str:
     return "\n".join(f"  {line}" for line in shown.split("\n"))
 
 
+def say_faults(document: Mapping[str, Any]) -> None:
+    """Print the rows that `faults.describe_faults` describes."""
+    rows, done = document["rows"], several(document["rows_done"], "row")
+    say(f"{document['name']}: {rows:,} of {done}: {', '.join(document['statuses'])}", "bold")
+    for kind in document["kinds"]:
+        name = kind["status"] + (f" {kind['error_type']}" if kind["error_type"] else "")
+        say(f"{name}: {several(kind['rows'], 'row')}", "bold red")
+        for example in kind["examples"]:
+            message = f": {example['message']}" if example["message"] else ""
+            say(f"  {one_line(example['row_id'] + message)}")
+            if example["prompt"] is not None:
+                say(f"    {one_line(example['prompt'])}", "dim")
+    for key, why in document["damaged"].items():
+        say(f"can't be read: {one_line(f'{key}: {why}')}", "red")
+
+
 def say_verdict(document: Mapping[str, Any]) -> None:
     """Print what `verify` found."""
     counts = document["counts"]

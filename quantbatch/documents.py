@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -224,15 +224,8 @@ def describe_status(uri: str, storage: Storage) -> dict[str, Any]:
         InputError: No job has begun there.
         Refused: The records are those of another version of quantbatch.
     """
-    store = open_store(uri, storage)
-    try:
-        record = json.loads(store.read(JOB))
-    except FileNotFoundError:
-        raise InputError(
-            f"{redact(store.uri)}: no job has begun here",
-            "quantbatch run begins it; check output.uri if it has run",
-        ) from None
-    ledger = _ledger(record, uri, storage)
+    record, ledger = recorded(uri, storage)
+    store = ledger.store
     plan, counts = ledger.plan, ledger.counts
     return {
         "outcome": _state(ledger),
@@ -258,6 +251,32 @@ def _state(ledger: Ledger) -> str:
     if ledger.succeeded():
         return "finished"
     return "input_unreadable" if ledger.finished else "unfinished"
+
+
+class Recorded(NamedTuple):
+    """A job as its output knows it."""
+
+    record: dict[str, Any]
+    """What `job.json` holds."""
+    ledger: Ledger
+
+
+def recorded(uri: str, storage: Storage) -> Recorded:
+    """Open the job on an output by its records alone.
+
+    Raises:
+        InputError: No job has begun there.
+        Refused: The records are those of another version of quantbatch.
+    """
+    store = open_store(uri, storage)
+    try:
+        record = json.loads(store.read(JOB))
+    except FileNotFoundError:
+        raise InputError(
+            f"{redact(store.uri)}: no job has begun here",
+            "quantbatch run begins it; check output.uri if it has run",
+        ) from None
+    return Recorded(record, _ledger(record, uri, storage))
 
 
 def _ledger(record: dict[str, Any], uri: str, storage: Storage) -> Ledger:

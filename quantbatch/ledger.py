@@ -9,6 +9,7 @@
     OUT/_quantbatch/data/<chunk>-<attempt>.parquet one name for each attempt
     OUT/_quantbatch/commits/<chunk>.json           claimed: names the attempt that counts
     OUT/_quantbatch/shards/<shard>.json            put after the shard's file: its rows and counts
+    OUT/_quantbatch/retries/, again/               rows that are answered again: see `retries`
     OUT/_quantbatch/summary.json                   report of the latest run
 
 A chunk is done when its commit record exists. Many attempts may compute it (a retry after a crash,
@@ -43,6 +44,7 @@ from quantbatch.batchfile import lines
 from quantbatch.errors import Refused
 from quantbatch.plan import Plan
 from quantbatch.records import Counts, Receipt
+from quantbatch.retries import Retries, commits_folder
 from quantbatch.storage import PRIVATE, open_store, redact, scratch_file
 
 if TYPE_CHECKING:
@@ -77,9 +79,10 @@ def data_key(chunk: int, attempt: str) -> str:
     return f"{PRIVATE}/data/{chunk:08d}-{attempt}.parquet"
 
 
-def commit_key(chunk: int) -> str:
-    """Key of a chunk's commit record."""
-    return f"{PRIVATE}/commits/{chunk:08d}.json"
+def commit_key(chunk: int, retry: int = 0) -> str:
+    """Key of a chunk's commit record, that of the job itself or of a retry."""
+    folder = commits_folder(retry) if retry else f"{PRIVATE}/commits"
+    return f"{folder}/{chunk:08d}.json"
 
 
 def shard_key(shard: int) -> str:
@@ -128,6 +131,8 @@ class Published(NamedTuple):
     shard: int
     key: str
     counts: Counts
+    retry: int = 0
+    """The last retry of which it has rows."""
 
     def to_bytes(self) -> bytes:
         """Return the record as JSON."""
@@ -152,39 +157,59 @@ def commit_chunk(store: Store, chunk: int, answered: pa.Table, target: OutputFor
     )
     attempt = uuid.uuid4().hex[:12]
     table = row_layout.output(answered, target.schema, target.prefix, attempt)
+    counts = row_layout.counts_of(answered)
+    again = facts.again
+    if again:
+        before = _committed_rows(store, _record(Commit, store.read(commit_key(chunk, again.base))))
+        table = row_layout.replaced(before, again.rows, table, target.prefix)
+        counts = row_layout.counts_of(row_layout.ours(table, target.prefix))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression=target.compression)
     data = sink.getvalue().to_pybytes()
     store.put(data_key(chunk, attempt), data)
-    counts = row_layout.counts_of(answered)
-    ours = Commit(chunk, attempt, facts.rows, hashlib.sha256(data).hexdigest(), counts)
-    theirs = _record(Commit, store.claim(commit_key(chunk), ours.to_bytes()))
+    ours = Commit(chunk, attempt, table.num_rows, hashlib.sha256(data).hexdigest(), counts)
+    key = commit_key(chunk, again.retry if again else 0)
+    theirs = _record(Commit, store.claim(key, ours.to_bytes()))
     if theirs.attempt != attempt:
         # The record is never replaced, so nothing will ever refer to our file.
         store.delete(data_key(chunk, attempt))
     return Receipt(
         chunk,
         facts.shard,
-        theirs.counts,
+        row_layout.counts_of(answered) if again else theirs.counts,
         unreadable=facts.unreadable,
         replica=facts.replica,
     )
 
 
 def publish_shard(
-    store: Store, shard: Shard, chunks: Sequence[int], target: OutputFormat
+    store: Store,
+    shard: Shard,
+    chunks: Sequence[int],
+    target: OutputFormat,
+    newest: Mapping[int, int] | None = None,
 ) -> Published:
     """Put the committed rows of a shard where readers see them, in input order.
 
     Idempotent: what it writes depends on the commit records only.
+
+    Args:
+        store: The output's.
+        shard: Which.
+        chunks: Its chunks.
+        target: How files are written.
+        newest: Number of the retry whose attempt counts, of the chunks where one does.
     """
-    commits = [_record(Commit, store.read(commit_key(chunk))) for chunk in chunks]
+    newest = newest or {}
+    keys = [commit_key(chunk, newest.get(chunk, 0)) for chunk in chunks]
+    commits = [_record(Commit, store.read(key)) for key in keys]
     assert sum(commit.rows for commit in commits) == shard.rows, f"rows of shard {shard.id}"
     counts = sum((commit.counts for commit in commits), Counts())
     key = _write_lines(store, shard, commits) if target.lines else shard.key
     if not target.lines:
         _write_parquet(store, shard, commits, target)
-    published = Published(shard.id, key, counts)
+    retry = max((newest.get(chunk, 0) for chunk in chunks), default=0)
+    published = Published(shard.id, key, counts, retry)
     store.put(shard_key(shard.id), published.to_bytes())
     return published
 
@@ -224,6 +249,11 @@ def _write_lines(store: Store, shard: Shard, commits: Sequence[Commit]) -> str:
             store.delete(lines.errors_key(key))
         store.put_file(key, output)
     return key
+
+
+def rows_key(store: Store, chunk: int, retry: int = 0) -> str:
+    """Return the key of the rows that a chunk's commit record names."""
+    return data_key(chunk, _record(Commit, store.read(commit_key(chunk, retry))).attempt)
 
 
 def _committed_rows(store: Store, commit: Commit) -> pa.Table:
@@ -276,6 +306,7 @@ class Ledger:
     commits: dict[int, Counts] = field(default_factory=dict)
     """Committed chunks of shards that are not published."""
     published: dict[int, Published] = field(default_factory=dict)
+    retries: Retries = field(default_factory=Retries)
 
     @classmethod
     def open(cls, spec: JobSpec, model_digest: str) -> Ledger:
@@ -294,6 +325,7 @@ class Ledger:
         ledger._load_plan()
         if ledger.plan:
             ledger._load_progress(ledger.plan)
+            ledger.retries = Retries.load(store)
         return ledger
 
     def freeze(self, plan: Plan) -> bool:
@@ -325,6 +357,15 @@ class Ledger:
         self.commits[receipt.chunk] = receipt.counts
         shard = self._plan.shards[receipt.shard]
         return (shard,) if self._whole(shard) else ()
+
+    def rows_of(self, shard: Shard) -> list[str]:
+        """Return the keys of the Parquet files that hold the rows of a published shard."""
+        key = self.published[shard.id].key
+        if key == shard.key:
+            return [key]
+        chunks = self._plan.chunks_of(shard)
+        newest = self.retries.newest(chunks)
+        return [rows_key(self.store, chunk, newest.get(chunk, 0)) for chunk in chunks]
 
     def record_published(self, published: Published) -> None:
         """Note a published shard; its chunks need no memory any more."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import ray.data
 
@@ -70,13 +70,11 @@ def run(spec: JobSpec, *, extend: bool = False, progress: Progress | None = None
                 return run(
                     spec, extend=extend, progress=progress
                 )  # a rival's was first: look again
-        publisher = held.enter_context(_Publisher(job))
-        receipts = held.enter_context(contextlib.closing(_receipts(job, figures, progress)))
-        for receipt in receipts:
-            if receipt.trouble:
-                raise in_the_end(*receipt.trouble)
-            job.unreadable.update(receipt.unreadable)
-            figures.record(receipt)
+        publisher = held.enter_context(Publisher(job))
+        publisher.publish(*job.ledger.unpublished())
+        todo = Todo(stages.to_items(job.ledger.undone()), job.plan.rows - job.ledger.counts.rows)
+        found = receipts(job, todo, figures, progress)
+        for receipt in held.enter_context(contextlib.closing(found)):
             publisher.publish(*job.ledger.record(receipt))
             progress.committed(receipt, figures)
     return _report(job, figures)
@@ -92,27 +90,44 @@ def _claim(job: Job, plan: Plan) -> bool:
     return job.ledger.freeze(plan)
 
 
-def _receipts(job: Job, figures: RunFigures, progress: Progress) -> Generator[Receipt]:
-    """Send every chunk that is still to do through Ray; yield what became of it."""
-    items = stages.to_items(job.ledger.undone())
-    if not items:
+class Todo(NamedTuple):
+    """What goes through Ray."""
+
+    items: list[dict[str, str]]
+    """Chunks, see `stages.to_items`."""
+    rows: int
+    """Rows of all of them."""
+
+
+def receipts(job: Job, todo: Todo, figures: RunFigures, progress: Progress) -> Generator[Receipt]:
+    """Send chunks through Ray; yield what became of each, once it is committed.
+
+    Raises:
+        JobError: A chunk could not be answered, for a reason that concerns the job.
+    """
+    if not todo.items:
         return
     with cluster.connected(job.spec.cluster) as session:
         figures.cluster_s = figures.elapsed_s
         require_fit(job, cluster.card_names(job.spec.cluster))
         progress.started(session.device)
-        dataset = _dataset(job, items, session.device)
+        dataset = _dataset(job, todo, session.device)
         with cluster.explained(job.spec):
             for block in dataset.iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0
             ):
                 session.check()
-                yield from stages.receipts(block)
+                for receipt in stages.receipts(block):
+                    if receipt.trouble:
+                        raise in_the_end(*receipt.trouble)
+                    job.unreadable.update(receipt.unreadable)
+                    figures.record(receipt)
+                    yield receipt
 
 
-def _dataset(job: Job, items: list[dict[str, str]], device: str) -> ray.data.Dataset:
+def _dataset(job: Job, todo: Todo, device: str) -> ray.data.Dataset:
     """Describe the way of a chunk: read and rendered, answered, committed."""
-    rows = job.plan.rows - job.ledger.counts.rows
+    items, rows = todo
     in_flight = cluster.chunks_in_flight(job.spec.cluster, chunks=len(items), rows=rows)
     return (
         ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
@@ -134,7 +149,7 @@ def _dataset(job: Job, items: list[dict[str, str]], device: str) -> ray.data.Dat
     )
 
 
-class _Publisher:
+class Publisher:
     """Publishes whole shards in threads of the driver, while others are still being answered.
 
     Not in Ray's processes: one started for it at a job's end takes longer than the work, which is
@@ -147,7 +162,6 @@ class _Publisher:
         self._under_way: list[Future[Published]] = []
 
     def __enter__(self) -> Self:
-        self.publish(*self._job.ledger.unpublished())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -161,8 +175,9 @@ class _Publisher:
         ledger, target = self._job.ledger, self._job.target
         for shard in shards:
             chunks = self._job.plan.chunks_of(shard)
+            newest = ledger.retries.newest(chunks)
             self._under_way.append(
-                self._threads.submit(publish_shard, ledger.store, shard, chunks, target)
+                self._threads.submit(publish_shard, ledger.store, shard, chunks, target, newest)
             )
         self._note()
 
@@ -187,7 +202,7 @@ def _report(job: Job, figures: RunFigures, *, nothing_to_do: bool = False) -> Ru
     figures.total_s = figures.elapsed_s
     report = RunReport(
         name=job.spec.name,
-        outcome=_outcome(job, nothing_to_do=nothing_to_do),
+        outcome=outcome(job, nothing_to_do=nothing_to_do),
         output=redact(ledger.store.uri),
         counts=ledger.counts,
         parts=len(ledger.published),
@@ -199,7 +214,8 @@ def _report(job: Job, figures: RunFigures, *, nothing_to_do: bool = False) -> Ru
     return report
 
 
-def _outcome(job: Job, *, nothing_to_do: bool) -> Outcome:
+def outcome(job: Job, *, nothing_to_do: bool = False) -> Outcome:
+    """Tell how a job stands whose rows are all answered."""
     counts = job.ledger.counts
     wrong = counts.error + counts.invalid
     if job.unreadable or counts.unread:

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from quantbatch.console import plain
 from quantbatch.documents import describe_choice, describe_model
+from quantbatch.records import Counts
 from quantbatch.storage import redact
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ BAR_WIDTH = 32
 class Progress(Protocol):
     """Told what happens in a run, in this order."""
 
-    def planned(self, job: Job) -> None:
-        """The job may start."""
+    def planned(self, job: Job, again: int | None = None) -> None:
+        """The job may start; or `again` rows of a job that is done, see `retry`."""
         ...
 
     def started(self, device: str) -> None:
@@ -57,7 +58,7 @@ class Progress(Protocol):
 class Silent:
     """Says nothing."""
 
-    def planned(self, job: Job) -> None:
+    def planned(self, job: Job, again: int | None = None) -> None:
         """See `Progress`."""
 
     def started(self, device: str) -> None:
@@ -96,13 +97,15 @@ class _Course:
         self.job: Job | None = None
         self.doing = "planning"
         self.figures: RunFigures | None = None
+        self._rows = 0
         self._rows_before = 0
         self._errors_before = 0
         self._at_first = (0.0, 0, 0)
         """Time, rows and tokens of this run's first commit."""
 
-    def planned(self, job: Job) -> None:
-        counts = job.ledger.counts
+    def planned(self, job: Job, again: int | None = None) -> None:
+        counts = job.ledger.counts if again is None else Counts()
+        self._rows = job.plan.rows if again is None else again
         self._rows_before = counts.rows
         self._errors_before = counts.error + counts.invalid
         self.doing = "starting Ray"
@@ -130,14 +133,14 @@ class _Course:
         rows_per_s, tokens_per_s = self._rates()
         replicas = spec.cluster.replicas
         return Standing(
-            rows=plan.rows,
+            rows=self._rows,
             rows_done=done,
             errors=self._errors_before + (counts.error + counts.invalid if counts else 0),
             shards=len(plan.shards),
             shards_done=len(self.job.ledger.published),
             rows_per_s=round(rows_per_s, 3),
             tokens_per_s=round(tokens_per_s, 3),
-            eta_s=round((plan.rows - done) / rows_per_s, 1) if rows_per_s else None,
+            eta_s=round((self._rows - done) / rows_per_s, 1) if rows_per_s else None,
             replicas=len(self.figures.replicas) if self.figures else 0,
             replicas_wanted=str(replicas)
             if isinstance(replicas, int)
@@ -182,9 +185,9 @@ class Live:
     ) -> None:
         self._display.stop()
 
-    def planned(self, job: Job) -> None:
+    def planned(self, job: Job, again: int | None = None) -> None:
         """See `Progress`."""
-        self._course.planned(job)
+        self._course.planned(job, again)
         if said := describe_choice(job):
             self._display.console.print(Text(plain(said)))
         # Now, because starting Ray keeps all other threads waiting for seconds.
@@ -261,9 +264,9 @@ class JsonLines:
         if self._course.job is not None:
             self._write("ended", **({"exception": kind.__name__} if kind else {}))
 
-    def planned(self, job: Job) -> None:
+    def planned(self, job: Job, again: int | None = None) -> None:
         """See `Progress`."""
-        self._course.planned(job)
+        self._course.planned(job, again)
         output = redact(job.ledger.store.uri)
         model = describe_model(job.spec.model)
         self._write("planned", name=job.spec.name, output=output, model=model)

@@ -82,6 +82,17 @@ class Slice:
     """Hive folders of the file, such as `day=2026-01-01`."""
 
 
+class Again(NamedTuple):
+    """A further attempt of some rows of a chunk, see `retries`."""
+
+    retry: int
+    """Its number."""
+    base: int
+    """Number of the retry whose attempt of the chunk it builds on; 0 is the job's own."""
+    rows: tuple[int, ...]
+    """Places of the rows within the chunk, in order."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """The unit of scheduling, retry, commit and resume: rows of one shard, in input order."""
@@ -89,6 +100,8 @@ class Chunk:
     id: int
     shard: int
     slices: tuple[Slice, ...]
+    again: Again | None = None
+    """Which rows are answered, if not all."""
 
     @property
     def rows(self) -> int:
@@ -306,7 +319,8 @@ class ReplicaStats:
 class Receipt:
     """What became of one chunk.
 
-    Committed (`counts` are those of the attempt that won), or undone, because of `trouble`.
+    Committed (`counts` are those of the attempt that won, or those of the rows that were answered
+    again), or undone, because of `trouble`.
     """
 
     chunk: int

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from quantbatch import tasks
 from quantbatch.errors import InputError, JobError, SpecError
-from quantbatch.records import Counts, ReplicaStats, Status, Trouble
+from quantbatch.records import Again, Counts, ReplicaStats, Status, Trouble
 from quantbatch.wants import read_ask
 
 if TYPE_CHECKING:
@@ -46,12 +46,14 @@ class ChunkFacts:
 
     shard: int
     rows: int
-    """Rows that the plan says."""
+    """Rows that there have to be: those of the plan, or those of a retry."""
     trouble: Trouble | None = None
     """Why the chunk could not be answered; its rows are then absent."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Files whose rows could not be read, with the reason."""
     replica: ReplicaStats = field(default_factory=ReplicaStats)
+    again: Again | None = None
+    """Which rows of the chunk these are, if they are answered again."""
 
 
 def with_facts(rows: pa.Table, facts: ChunkFacts) -> pa.Table:
@@ -65,8 +67,13 @@ def facts_of(rows: pa.Table) -> ChunkFacts:
     nested = {
         "replica": ReplicaStats.from_json(found["replica"]),
         "trouble": found["trouble"] and Trouble(*found["trouble"]),
+        "again": found["again"] and _again(*found["again"]),
     }
     return ChunkFacts(**found | nested)
+
+
+def _again(retry: int, base: int, places: Sequence[int]) -> Again:
+    return Again(retry, base, tuple(places))
 
 
 def failed(shard: int, error: JobError) -> pa.Table:
@@ -230,3 +237,32 @@ def output(rows: pa.Table, schema: pa.Schema, prefix: str, attempt: str) -> pa.T
     ours = {prefix + name: rows[name] for name in rows.column_names if KEPT not in name[:3]}
     columns = kept | ours
     return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def replaced(before: pa.Table, places: Sequence[int], after: pa.Table, prefix: str) -> pa.Table:
+    """Put rows of a further attempt in the places of those before; both as `output` makes them.
+
+    A row that had an answer keeps it where the further attempt has none.
+
+    Args:
+        before: The whole chunk.
+        places: Where the rows of `after` belong, in order.
+        after: The rows of the further attempt.
+        prefix: That of our columns.
+    """
+    failed = pc.equal(after[prefix + "status"], Status.ERROR.value).to_pylist()
+    had_none = pc.equal(before[prefix + "status"], Status.ERROR.value).to_pylist()
+    pieces, done = [], 0
+    for index, place in enumerate(places):
+        if not failed[index] or had_none[place]:
+            pieces += [before.slice(done, place - done), after.slice(index, 1)]
+            done = place + 1
+    whole = pa.concat_tables([*pieces, before.slice(done)])
+    assert whole.num_rows == before.num_rows
+    return whole.combine_chunks()
+
+
+def ours(table: pa.Table, prefix: str) -> pa.Table:
+    """Return our columns of an output's rows, by the names that they have on the way."""
+    names = [name for name in table.column_names if name.startswith(prefix)]
+    return pa.table({name.removeprefix(prefix): table[name] for name in names})

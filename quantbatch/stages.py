@@ -23,7 +23,7 @@ from quantbatch.ledger import commit_chunk
 from quantbatch.model.checkpoint import find_checkpoint
 from quantbatch.prompts.renderers import renderer_of
 from quantbatch.prompts.tokens import tokenizer_of
-from quantbatch.records import Chunk, Receipt, Slice, Trouble, pack, unpack
+from quantbatch.records import Again, Chunk, Receipt, Slice, Trouble, pack, unpack
 from quantbatch.storage import open_store
 
 if TYPE_CHECKING:
@@ -61,35 +61,36 @@ class ReadJob:
 def to_items(chunks: Iterable[Chunk]) -> list[dict[str, str]]:
     """Return the input of the Ray dataset: a row for each chunk."""
     return [
-        {"chunk": json.dumps([c.id, c.shard, [asdict(piece) for piece in c.slices]])}
+        {"chunk": json.dumps([c.id, c.shard, [asdict(piece) for piece in c.slices], c.again])}
         for c in chunks
     ]
 
 
 def _chunk(item: pa.Table) -> Chunk:
-    number, shard, pieces = json.loads(item["chunk"][0].as_py())
-    return Chunk(number, shard, tuple(Slice(**piece) for piece in pieces))
+    number, shard, pieces, again = json.loads(item["chunk"][0].as_py())
+    if again:
+        again = Again(again[0], again[1], tuple(again[2]))
+    return Chunk(number, shard, tuple(Slice(**piece) for piece in pieces), again)
 
 
 def read_and_render(item: pa.Table, *, job: ReadJob) -> pa.Table:
     """Read the rows of one chunk and turn them into token ids."""
     chunk = _chunk(item)
     try:
-        table, errors, unreadable = _read(job, chunk)
+        table, errors, unreadable = _wanted(_read(job, chunk), chunk)
         prompts = _renderer(job).render(table)
     except JobError as error:
         return pack(chunk.id, rows.failed(chunk.shard, _resumable(error)))
-    assert table.num_rows == chunk.rows, (
-        f"chunk {chunk.id}: read {table.num_rows} of {chunk.rows} rows"
-    )
     key = job.spec.input.key
     ids = rows.row_ids(chunk)
+    if chunk.again:
+        ids = ids.take(pa.array(chunk.again.rows))
     if key:
         # A row that can't be read has no key; its place is still its own.
         ids = pc.coalesce(table[key].cast(pa.string()), ids)
     errors = {**prompts.errors, **errors}
     found = rows.rendered(table.select(job.kept), ids, prompts.token_ids, errors, prompts.asks)
-    facts = rows.ChunkFacts(chunk.shard, chunk.rows, unreadable=unreadable)
+    facts = rows.ChunkFacts(chunk.shard, table.num_rows, unreadable=unreadable, again=chunk.again)
     return pack(chunk.id, rows.with_facts(found, facts))
 
 
@@ -110,6 +111,18 @@ class _ReadRows(NamedTuple):
     table: pa.Table
     errors: dict[int, RowError]
     unreadable: dict[str, str]
+
+
+def _wanted(read: _ReadRows, chunk: Chunk) -> _ReadRows:
+    """Return those rows of a chunk that are answered: all, or those of a retry."""
+    assert read.table.num_rows == chunk.rows, (
+        f"chunk {chunk.id}: read {read.table.num_rows} of {chunk.rows} rows"
+    )
+    if chunk.again is None:
+        return read
+    places = chunk.again.rows
+    errors = {i: read.errors[place] for i, place in enumerate(places) if place in read.errors}
+    return read._replace(table=read.table.take(pa.array(places)), errors=errors)
 
 
 def _read(job: ReadJob, chunk: Chunk) -> _ReadRows:

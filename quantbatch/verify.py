@@ -142,7 +142,15 @@ def _claims(store: Store, problems: Problems) -> Claims:
     # While new files are being added to a finished job, its old manifest still stands.
     if set(published) - set(named):
         return Claims(False, published, None, fingerprint)
-    return Claims(True, named, _counts(success, "_SUCCESS", problems), fingerprint)
+    counts = _counts(success, "_SUCCESS", problems)
+    # Nor are its counts those of the files while rows are being answered again.
+    return Claims(True, named, None if _retry_is_open(store) else counts, fingerprint)
+
+
+def _retry_is_open(store: Store) -> bool:
+    names = {info.key.rpartition("/")[2] for info in store.list(f"{PRIVATE}/retries")}
+    begun = {name.partition(".")[0] for name in names}
+    return any(f"{number}.done.json" not in names for number in begun)
 
 
 def _document(store: Store, key: str, problems: Problems) -> dict[str, Any] | None:

@@ -5,7 +5,8 @@ returns.
 transformers. So nothing here is imported before a command needs it, and Ray and torch only by
 commands that run a model.
 
-The commands are in `jobs.py`, `models.py` and `files.py`; what they have in common, in `common.py`.
+The commands are in `jobs.py`, `repeat.py`, `models.py` and `files.py`; what they have in common, in
+`common.py`.
 
 Results go to stdout; errors and progress to stderr. With `--json` the last line on stdout is one
 JSON document, whatever happens. Exit codes are those of `errors.py`, and 70 for a fault of
@@ -21,12 +22,12 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from quantbatch import __version__, console
-from quantbatch.cli import files, jobs, models
+from quantbatch.cli import files, jobs, models, repeat
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_WITHOUT_PANDAS = frozenset({"plan", "validate", "status", "verify", "formats"})
+_WITHOUT_PANDAS = frozenset({"plan", "validate", "status", "verify", "formats", "errors"})
 
 app = typer.Typer(
     name="quantbatch",
@@ -105,6 +106,6 @@ def quantbatch(
     del version
 
 
-for _commands in (jobs.COMMANDS, models.COMMANDS, files.COMMANDS):
+for _commands in (jobs.COMMANDS, repeat.COMMANDS, models.COMMANDS, files.COMMANDS):
     for _name, _command in _commands.items():
         app.command(_name)(_command)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from quantbatch.model.cards import Card
-    from quantbatch.spec import JobSpec
+    from quantbatch.spec import JobSpec, Storage
 
 EXIT_INTERRUPTED = 130
 EXIT_OUR_FAULT = 70
@@ -94,6 +94,20 @@ def load(path: Path, overrides: Sequence[str] | None) -> JobSpec:
     from quantbatch.specfile import load_spec
 
     return load_spec(path, overrides or ())
+
+
+def output_of(where: str, overrides: Sequence[str] | None) -> tuple[str, Storage]:
+    """Return the output that a spec or its own place names, and how to reach it.
+
+    Raises:
+        SpecError: The spec is wrong.
+    """
+    from quantbatch.spec import Storage
+
+    if where.endswith((".yaml", ".yml")) or Path(where).is_file():
+        output = load(Path(where), overrides).output
+        return output.uri, output.storage
+    return where, Storage()
 
 
 def card_named(name: str) -> Card | None:

@@ -20,6 +20,7 @@ from quantbatch.cli.common import (
     leave,
     load,
     outcome,
+    output_of,
 )
 from quantbatch.errors import JobError, SpecError
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from quantbatch.errors import DoesNotFit
     from quantbatch.model.cards import Card
     from quantbatch.sample import Sampled
-    from quantbatch.spec import JobSpec, Storage
+    from quantbatch.spec import JobSpec
 
 
 def run(
@@ -202,20 +203,11 @@ def status(
     with outcome(as_json):
         from quantbatch.documents import describe_status
 
-        document = describe_status(*_output(where, overrides))
+        document = describe_status(*output_of(where, overrides))
         if as_json:
             console.say_document(document)
         else:
             console.say(console.status_table(document))
-
-
-def _output(where: str, overrides: Sequence[str] | None) -> tuple[str, Storage]:
-    from quantbatch.spec import Storage
-
-    if where.endswith((".yaml", ".yml")) or Path(where).is_file():
-        output = load(Path(where), overrides).output
-        return output.uri, output.storage
-    return where, Storage()
 
 
 def verify(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False) -> None:

@@ -280,6 +280,8 @@ class FailingStore:
                 raise StorageError("injected")
             result = real(*args, **kwargs)
             if self.calls == self.fail_at:
+                if hasattr(result, "close"):
+                    result.close()
                 raise StorageError("injected")
             return result
 
