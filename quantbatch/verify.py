@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from quantbatch.errors import InputError
 from quantbatch.records import Counts
-from quantbatch.reread import InputRows, Unreadable, open_parquet
+from quantbatch.reread import InputRows, Unreadable
+from quantbatch.reread_lines import part_schema
 from quantbatch.storage import PRIVATE, open_store, redact
 from quantbatch.verify_rows import Claims, Part, Problem, Problems, SideBySide, our_fields
 
@@ -93,7 +94,7 @@ def verify(spec: JobSpec) -> Verdict:
     store = open_store(spec.output.uri, spec.output.storage)
     problems = Problems()
     claims = _claims(store, problems)
-    parts = _parts(store, claims, problems)
+    parts = _parts(store, claims, problems, lines=spec.output.format == "openai-batch")
     schema = _schema(store, parts, spec, problems)
     ours = {field.name for field in our_fields(spec)}
     rows = InputRows(spec.input, pa.schema([f for f in schema if f.name not in ours]))
@@ -102,7 +103,11 @@ def verify(spec: JobSpec) -> Verdict:
     for part in parts:
         both.read(part, schema)
     both.end(parts)
-    if claims.counts and claims.counts != both.counts:
+    counts = both.counts
+    if claims.counts and spec.output.format == "openai-batch":
+        # The line of a failed request does not tell its prompt's tokens.
+        counts = replace(counts, prompt_tokens=claims.counts.prompt_tokens)
+    if claims.counts and claims.counts != counts:
         said = f"_SUCCESS says {claims.counts.to_json()}, the files have "
         problems.note("counts that are wrong", f"{said}{both.counts.to_json()}")
     return Verdict(
@@ -174,7 +179,7 @@ def _counts(document: Mapping[str, Any], key: str, problems: Problems) -> Counts
     return None
 
 
-def _parts(store: Store, claims: Claims, problems: Problems) -> list[Part]:
+def _parts(store: Store, claims: Claims, problems: Problems, *, lines: bool) -> list[Part]:
     """List the files that readers see, in the order in which they hold the input."""
     seen = {
         info.key: info.size
@@ -182,8 +187,12 @@ def _parts(store: Store, claims: Claims, problems: Problems) -> list[Part]:
         if not any(name.startswith(("_", ".")) for name in info.key.split("/"))
     }
     parts = []
+    ending = "jsonl" if lines else "parquet"
     for key in seen:
-        numbered = re.search(r"(?:^|/)part-(\d+)\.parquet$", key)
+        beside = key.removesuffix(".errors.jsonl") + ".jsonl"
+        if lines and beside != key + ".jsonl" and beside in seen:
+            continue  # read with the file that it is beside
+        numbered = re.search(rf"(?:^|/)part-(\d+)\.{ending}$", key)
         if numbered is None or (claims.finished and key not in claims.rows):
             problems.note("files that are not the job's", key)
         if numbered is not None:
@@ -198,8 +207,7 @@ def _schema(store: Store, parts: list[Part], spec: JobSpec, problems: Problems) 
     """Return the schema of the output: that of the first file that has one."""
     for part in parts:
         try:
-            with open_parquet(store, part.key) as file:
-                schema = file.schema_arrow
+            schema = part_schema(store, part.key)
         except Unreadable:
             continue  # reading it will tell
         odd = [

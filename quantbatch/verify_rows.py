@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from quantbatch.records import Counts, Status
-from quantbatch.reread import ROW_ID, Buffer, InputRows, Unreadable, open_parquet, parquet_batches
+from quantbatch.reread import ROW_ID, Buffer, InputRows, Unreadable
+from quantbatch.reread_lines import is_lines, part_batches, part_schema
 from quantbatch.rows import UNREADABLE_FILE
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ _OF_ANSWERS = {
     "finish_reason": pa.string(),
     "completion_tokens": pa.int32(),
 }
+_OF_REQUESTS = {"response": pa.string(), "completion_tokens": pa.int32()}
 _OF_TOKENS = {"token_ids": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32())}
 _OF_LIKELIEST = {
     "top_logprobs": pa.list_(
@@ -116,6 +118,9 @@ class Claims:
 
 def our_fields(spec: JobSpec) -> list[pa.Field]:
     """Return the columns that a job adds, as its output names them."""
+    if spec.task.kind == "openai":
+        types = _OF_ROWS | _OF_REQUESTS
+        return [pa.field(spec.output.prefix + name, kind) for name, kind in types.items()]
     asked = spec.sampling.logprobs
     types = _OF_ANSWERS | (_OF_TOKENS if asked is not None else {})
     types |= _OF_LIKELIEST if asked else {}
@@ -161,6 +166,7 @@ class SideBySide:
         problems: Problems,
     ) -> None:
         self._spec = spec
+        self._of_requests = spec.task.kind == "openai"
         self._store = store
         self._input = rows
         self._claims = claims
@@ -227,11 +233,12 @@ class SideBySide:
     # ---- one file by itself
 
     def _check_form(self, part: Part, schema: pa.Schema) -> None:
-        with open_parquet(self._store, part.key) as file:
-            found = file.schema_arrow
+        found = part_schema(self._store, part.key)
         odd = {field.name for field in set(found) ^ set(schema)}
         if odd:
             raise Unreadable(f"has not the columns of the other files: {', '.join(sorted(odd))}")
+        if is_lines(part.key):
+            return  # lines have no room for what wrote them
         written_by = json.loads((found.metadata or {}).get(b"quantbatch", b"{}"))
         if written_by.get("fingerprint") != self._claims.fingerprint:
             self._problems.note("files of another job", part.key)
@@ -239,8 +246,9 @@ class SideBySide:
     def _checked(self, part: Part) -> Iterator[pa.Table]:
         """Yield the rows of a file, having counted and checked what a job adds to them."""
         prefix = self._spec.output.prefix
-        for batch in parquet_batches(self._store, part.key, None):
-            ours = {name: batch[prefix + name] for name in (*_OF_ROWS, *_OF_ANSWERS)}
+        answers = _OF_REQUESTS if self._of_requests else _OF_ANSWERS
+        for batch in part_batches(self._store, part.key, None):
+            ours = {name: batch[prefix + name] for name in (*_OF_ROWS, *answers)}
             self._count(ours)
             self._check_answers(ours)
             yield batch.append_column(ROW_ID, pc.fill_null(ours["row_id"], ""))
@@ -251,7 +259,7 @@ class SideBySide:
         for status, count in found.items():
             self._problems.note("rows with an unknown status", repr(status), count)
         numbers = {name: ours[name] for name in ("prompt_tokens", "completion_tokens")}
-        if self._spec.sampling.n > 1:
+        if self._spec.sampling.n > 1 and not self._of_requests:
             numbers["completion_tokens"] = pc.list_flatten(numbers["completion_tokens"])
         tokens = {name: pc.sum(column).as_py() or 0 for name, column in numbers.items()}
         unread = pc.sum(pc.equal(ours["error_type"], UNREADABLE_FILE)).as_py() or 0
@@ -262,12 +270,15 @@ class SideBySide:
     def _check_answers(self, ours: Mapping[str, pa.ChunkedArray]) -> None:
         failed = pc.equal(ours["status"], Status.ERROR.value)
         explained = pc.is_valid(ours["error_type"])
-        answered = pc.is_valid(ours["completion"])
+        if self._of_requests:
+            invalid = pc.equal(ours["status"], Status.INVALID.value)
+            explained = pc.and_not(explained, invalid)
+        answered = pc.is_valid(ours["response" if self._of_requests else "completion"])
         odd = pc.or_(pc.xor(failed, explained), pc.equal(failed, answered))
         for id in ours["row_id"].filter(odd).to_pylist():
             self._problems.note("rows whose status and answer contradict each other", str(id))
         samples = self._spec.sampling.n
-        if samples > 1:
+        if samples > 1 and not self._of_requests:
             wrong = pc.not_equal(pc.list_value_length(ours["completion"]), samples)
             for id in ours["row_id"].filter(wrong).to_pylist():
                 self._problems.note(f"rows without their {samples} answers", str(id))
@@ -381,7 +392,7 @@ class SideBySide:
         found: list[pa.Array] = [pa.array([], pa.string())]
         for part in parts:
             try:
-                for batch in parquet_batches(self._store, part.key, [column]):
+                for batch in part_batches(self._store, part.key, [column]):
                     here = batch[column].combine_chunks()
                     found.append(here.filter(pc.is_in(here, value_set=ids)))
             except (Unreadable, KeyError):

@@ -96,6 +96,8 @@ def line_of(row: Mapping[str, Any], id: str, created: int) -> str:
         error = {"code": kind, "message": why} if kind else None
     elif not named or kind in _UNREAD:
         response, error = None, {"code": kind, "message": why}
+        if not named:
+            error["row_id"] = row["row_id"]  # all that there is to tell which row it was
     else:
         status = 400 if kind in _REFUSED else 500
         body = {"error": _refusal(kind, why)}
