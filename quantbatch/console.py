@@ -152,8 +152,8 @@ def report_table(report: RunReport) -> Table:
         count = getattr(counts, name)
         share = f"{count / counts.rows:9.2%}" if counts.rows else ""
         rows.append((f"  {name}", f"{count:>{len(f'{counts.rows:,}')},}{share}"))
-    generated = f"{counts.completion_tokens:,} generated"
-    rows.append(("tokens", f"{counts.prompt_tokens:,} read, {generated}"))
+    generated = f", {counts.completion_tokens:,} generated" if counts.completion_tokens else ""
+    rows.append(("tokens", f"{counts.prompt_tokens:,} read{generated}"))
     if run.counts.rows:
         if run.counts != counts:
             rows.append(("this run", f"{run.counts.rows:,} rows in {run.total_s or 0:,.1f} s"))
@@ -293,7 +293,23 @@ def say_sample(row: Mapping[str, Any]) -> None:
     if row["completion"] is not None:
         say(f"-> {several(row['completion_tokens'], 'token')}, {row['finish_reason']}", "green")
         say(_indented(row["completion"]))
+    for name, value in (row["answer"] or {}).items():
+        say(f"-> {name}: {_value(value)}", "green")
     say("")
+
+
+def _value(value: Any) -> str:  # noqa: ANN401 - of any column
+    """Write a value of a column on one line, numbers with four digits."""
+    match value:
+        case float():
+            return f"{value:.4g}"
+        case dict():
+            likeliest = sorted(value.items(), key=lambda item: -item[1])[:SHOWN]
+            return ", ".join(f"{name} {_value(each)}" for name, each in likeliest)
+        case list():
+            return "[" + ", ".join(map(_value, value)) + "]"
+        case _:
+            return str(value)
 
 
 def _indented(text: str) -> str:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from quantbatch.spec import Model
     from quantbatch.storage import Store
 
+SHOWN_NUMBERS = 8
+"""Numbers of a vector that a sample shows."""
+
 
 def describe_plan(job: Job, forecast: Forecast) -> dict[str, Any]:
     """Return what a run of a job would do, and what to expect of it."""
@@ -65,7 +68,7 @@ def describe_plan(job: Job, forecast: Forecast) -> dict[str, Any]:
         "card": describe_card(job.card, cards=max(1, int(spec.cluster.gpus_per_replica))),
         "prompt": {
             "max_input_tokens": job.max_input_tokens,
-            "max_new_tokens": spec.sampling.max_new_tokens,
+            "max_new_tokens": spec.answer_tokens,
             "beyond": beyond,
             "sample": describe_lengths(forecast.lengths),
         },
@@ -118,7 +121,7 @@ def _describe_memory(job: Job) -> dict[str, Any]:
     memory = job.memory
     assert memory is not None
     continuous = job.spec.engine.kind == "continuous"
-    memory_tokens = job.max_input_tokens + job.spec.sampling.max_new_tokens
+    memory_tokens = job.max_input_tokens + job.spec.answer_tokens
     return {
         "weights_bytes": memory.weight_bytes,
         "kv_bytes": memory.kv_bytes,
@@ -199,7 +202,7 @@ def describe_choice(job: Job) -> str | None:
         return None
     rows = job.spec.engine.batch_size
     rows = USEFUL_ROWS if rows == "auto" else rows
-    tokens = job.chosen_for.lengths.usual_long() + job.spec.sampling.max_new_tokens
+    tokens = job.chosen_for.lengths.usual_long() + job.spec.answer_tokens
     card = job.card.name or f"a card of {job.card.memory_gib:g} GiB"
     return (
         f"model.bits auto is {describe_model(job.spec.model)}: the widest of 16, 8 and 4 bits with"
@@ -317,4 +320,11 @@ def describe_sample(row: Sampled) -> dict[str, Any]:
         "completion": answer and answer.text,
         "finish_reason": answer and answer.finish_reason.value,
         "completion_tokens": len(answer.token_ids) if answer else 0,
+        "answer": {name: _shortened(value) for name, value in row.cells.items()} or None,
     }
+
+
+def _shortened(value: Any) -> Any:  # noqa: ANN401 - of any column
+    """Return the first numbers of a list of many, and dots."""
+    is_long = isinstance(value, list) and len(value) > SHOWN_NUMBERS
+    return [*value[:SHOWN_NUMBERS], "..."] if is_long else value

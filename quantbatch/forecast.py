@@ -45,7 +45,7 @@ def look_ahead(job: Job) -> Forecast:
     """
     spec = job.spec
     lengths = job.chosen_for.lengths if job.chosen_for else _lengths(job)
-    row_tokens = lengths.usual_long() + spec.sampling.max_new_tokens
+    row_tokens = lengths.usual_long() + spec.answer_tokens
     if spec.engine.kind in ("echo", "llama_cpp"):
         return Forecast(lengths, [], row_tokens, [])
     work = sizing.work_of(spec, job.checkpoint, job.max_input_tokens)

@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import pyarrow as pa
+
 from quantbatch import rows, sizing, storage
 from quantbatch.errors import DoesNotFit, InputError, JobError, Refused, SpecError
 from quantbatch.input import keys, listing
@@ -17,7 +19,11 @@ from quantbatch.ledger import Ledger
 from quantbatch.lengths import sample_lengths
 from quantbatch.plan import Plan, make_plan
 from quantbatch.prompts import rendering
+from quantbatch.prompts.asking import Asker
+from quantbatch.prompts.templates import missing_column
+from quantbatch.prompts.tokens import counting_tokenizer
 from quantbatch.replica import ReplicaJob
+from quantbatch.spec import BatchRequests, Classify, Embed, Generate, Score
 from quantbatch.stages import ReadJob
 
 if TYPE_CHECKING:
@@ -78,7 +84,7 @@ class Job:
 
     def replica_job(self, device: str) -> ReplicaJob:
         """What the replicas need to know."""
-        max_tokens = self.max_input_tokens + self.spec.sampling.max_new_tokens
+        max_tokens = self.max_input_tokens + self.spec.answer_tokens
         return ReplicaJob(self.spec, device, max_tokens, os.getcwd())  # noqa: PTH109
 
 
@@ -112,6 +118,8 @@ def examine(spec: JobSpec, *, extend: bool = False) -> Job:
     rendering.compile_templates(spec.prompt)
     rendering.require_chat_template(spec.prompt, checkpoint.chat_template)
     max_input_tokens = input_limit(spec, checkpoint)
+    spec = with_dimensions(spec, checkpoint)
+    check_labels(spec, checkpoint, max_input_tokens)
     first = None
     if spec.model.bits == "auto":
         spec, first = _with_bits(spec, checkpoint, card, max_input_tokens)
@@ -262,9 +270,47 @@ def check_places(spec: JobSpec) -> None:
             )
 
 
+def with_dimensions(spec: JobSpec, checkpoint: Checkpoint) -> JobSpec:
+    """Return a spec with `task.dimensions: auto` of an embedding chosen.
+
+    Raises:
+        SpecError: The model has fewer than are asked for, or does not say.
+    """
+    if not isinstance(spec.task, Embed):
+        return spec
+    there = checkpoint.text_config.get("hidden_size") or checkpoint.text_config.get("n_embd")
+    wanted = spec.task.dimensions
+    if there is None or (wanted != "auto" and wanted > there):
+        has = "does not say how many it has" if there is None else f"has {there:,}"
+        raise SpecError(
+            JobError(
+                f"task.dimensions: {wanted}, and {spec.model.id} {has}",
+                "it is hidden_size in the model's config.json",
+            )
+        )
+    if wanted != "auto":
+        return spec
+    return spec.model_copy(update={"task": spec.task.model_copy(update={"dimensions": there})})
+
+
+def check_labels(spec: JobSpec, checkpoint: Checkpoint, max_input_tokens: int) -> None:
+    """Refuse a job's labels that the model's tokenizer can't tell apart.
+
+    Raises:
+        SpecError: They have the same tokens, or none.
+    """
+    if isinstance(spec.task, Classify) and spec.task.labels is not None:
+        tokenizer = counting_tokenizer(checkpoint)
+        Asker(spec.prompt, spec.task, tokenizer, max_prompt_tokens=max_input_tokens).check()
+
+
 def input_limit(spec: JobSpec, checkpoint: Checkpoint) -> int:
-    """Return the longest prompt that is let in, in tokens."""
-    answer = spec.sampling.max_new_tokens
+    """Return the longest prompt that is let in, in tokens: one that leaves room for the longest
+    answer, or the longest label.
+    """
+    answer = spec.answer_tokens
+    generates = isinstance(spec.task, Generate | BatchRequests)
+    cause = "sampling.max_new_tokens" if generates else f"task {spec.task.kind}"
     context = checkpoint.context_tokens
     asked = spec.engine.max_input_tokens
     if context is None:
@@ -280,9 +326,9 @@ def input_limit(spec: JobSpec, checkpoint: Checkpoint) -> int:
     if room < 1:
         raise SpecError(
             JobError(
-                f"sampling.max_new_tokens: {answer:,} leaves no room for a prompt "
+                f"{cause}: {answer:,} leaves no room for a prompt "
                 f"in a context of {context:,} tokens",
-                "make it smaller",
+                "make it smaller" if generates else "give shorter labels",
             )
         )
     if asked == "auto":
@@ -292,7 +338,7 @@ def input_limit(spec: JobSpec, checkpoint: Checkpoint) -> int:
             JobError(
                 f"engine.max_input_tokens: {asked:,} and {answer:,} new tokens "
                 f"exceed the context of {context:,}",
-                f"at most {room:,}, or a smaller sampling.max_new_tokens",
+                f"at most {room:,}, or a smaller {cause}" if generates else f"at most {room:,}",
             )
         )
     return asked
@@ -359,8 +405,35 @@ def _no_rows(plan: Plan) -> InputError:
     return InputError(f"{storage.redact(plan.root)}: the input has no rows", "correct input.uri")
 
 
+def check_task_columns(spec: JobSpec, schema: pa.Schema) -> None:
+    """Refuse a task that reads a column which is not there, or is of another type.
+
+    Raises:
+        SpecError: With the column's name.
+    """
+    match spec.task:
+        case Classify(labels_column=str(column)):
+            field, right = "task.labels_column", pa.types.is_list
+        case Score(continuation=str(column)):
+            field, right = "task.continuation", is_text
+        case _:
+            return
+    if column not in schema.names:
+        raise SpecError(missing_column(field, column, schema.names))
+    found = schema.field(column).type
+    if not right(found):
+        wanted = "texts" if right is is_text else "lists of texts"
+        raise SpecError(JobError(f"{field}: column {column!r} holds {found}, not {wanted}"))
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Tell whether a column of a type holds texts."""
+    return kind in (pa.string(), pa.large_string(), pa.null())
+
+
 def _check_columns(spec: JobSpec, plan: Plan, checkpoint: Checkpoint) -> None:
     rendering.check_prompt(spec.prompt, plan.schema.names, checkpoint.chat_template)
+    check_task_columns(spec, plan.schema)
     if spec.input.key and spec.input.key not in plan.schema.names:
         raise SpecError(
             JobError(

@@ -117,13 +117,17 @@ def load_engine(job: ReplicaJob) -> LoadedEngine:
 
 
 def _echo(job: ReplicaJob, options: EchoEngine) -> LoadedEngine:
-    tokenizer = tokenizer_of(find_checkpoint(job.spec.model.seen_from(job.driver_folder)))
+    checkpoint = find_checkpoint(job.spec.model.seen_from(job.driver_folder))
+    tokenizer = tokenizer_of(checkpoint)
     size = echo.DEFAULT_BATCH_SIZE if options.batch_size == "auto" else options.batch_size
 
     def decode(answers: list[Sequence[int]]) -> list[str]:
         return tokenizer.batch_decode([list(answer) for answer in answers])
 
-    return LoadedEngine(echo.EchoEngine(decode, batch_size=size, step_s=options.step_s))
+    hidden_size = checkpoint.text_config.get("hidden_size", 1)
+    return LoadedEngine(
+        echo.EchoEngine(decode, batch_size=size, step_s=options.step_s, hidden_size=hidden_size)
+    )
 
 
 class Replica:
@@ -200,6 +204,10 @@ class Replica:
         ):
             seed = sample_seed(sampling.seed, row_id, sample)
             yield Request(RequestId(chunk, row, sample), ids, sampling, seed, want=ask.want)
+        if ask.beside:
+            id = RequestId(chunk, row, samples * (1 + len(ask.more_prompts)))
+            prompt_ids, want = ask.beside.prompt_ids, ask.beside.want
+            yield Request(id, prompt_ids, sampling, 0, want=want)
 
     def _sampling(self, ask: Ask) -> Sampling:
         """Return a row's sampling; equal ones are one object, which engines compare quickly."""

@@ -172,7 +172,9 @@ def counts_of(rows: pa.Table) -> Counts:
         **tally,
         unread=pc.sum(pc.equal(rows["error_type"], UNREADABLE_FILE)).as_py() or 0,
         prompt_tokens=pc.sum(rows["prompt_tokens"]).as_py() or 0,
-        completion_tokens=_total(rows["completion_tokens"]),
+        completion_tokens=_total(rows["completion_tokens"])
+        if "completion_tokens" in rows.column_names
+        else 0,
     )
 
 

@@ -6,12 +6,12 @@ those of the run. Of the several answers that `sampling.n` may ask for, the firs
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from quantbatch import preflight, rows, sizing
+from quantbatch import preflight, rows, sizing, tasks
 from quantbatch.errors import InputError, SpecError
 from quantbatch.input import listing, sources
 from quantbatch.model.checkpoint import find_checkpoint
@@ -22,9 +22,11 @@ from quantbatch.prompts.tokens import tokenizer_of
 from quantbatch.records import Chunk, Request, RequestId, Slice
 from quantbatch.replica import ReplicaJob, load_engine
 from quantbatch.runner import Runner
+from quantbatch.spec import Generate
+from quantbatch.wants import USUAL, read_ask
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from quantbatch.errors import RowError
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from quantbatch.model.checkpoint import Checkpoint
     from quantbatch.records import Answer
     from quantbatch.spec import JobSpec
+    from quantbatch.wants import Ask
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,12 @@ class Sampled:
     """The whole prompt as the model gets it, with the tokens of its chat template."""
     error: RowError | None = None
     """Why there is no prompt."""
+    ask: Ask = USUAL
+    """What the row asks for."""
     answer: Answer | None = None
     """None if it was not asked for, or there is an error."""
+    cells: Mapping[str, Any] = field(default_factory=dict)
+    """What its columns would hold, where the task is not to generate."""
 
 
 def check(spec: JobSpec, rows_wanted: int) -> tuple[Checkpoint, Head]:
@@ -67,10 +74,13 @@ def check(spec: JobSpec, rows_wanted: int) -> tuple[Checkpoint, Head]:
     preflight.check_places(spec)
     card = sizing.card_of(spec)
     checkpoint = sizing.open_model(spec, card)
-    preflight.input_limit(spec, checkpoint)
+    limit = preflight.input_limit(spec, checkpoint)
     listed = listing.list_input(spec.input)
     head = first_rows(spec, listed, rows_wanted)
     check_prompt(spec.prompt, head.table.schema.names, checkpoint.chat_template)
+    preflight.check_task_columns(spec, head.table.schema)
+    spec = preflight.with_dimensions(spec, checkpoint)
+    preflight.check_labels(spec, checkpoint, limit)
     kept = rows.kept_columns(spec.output, head.table.schema, listed.partition_keys)
     rows.output_schema(spec, kept, head.table.schema)
     return checkpoint, head
@@ -135,6 +145,7 @@ def sample(spec: JobSpec, count: int) -> list[Sampled]:
     )
     prompts = renderer.render(head.table)
     errors = {**prompts.errors, **head.errors}
+    asks = [read_ask(text) for text in (prompts.asks or pa.nulls(len(head.row_ids))).to_pylist()]
     found = []
     for index, (row_id, ids) in enumerate(
         zip(head.row_ids, prompts.token_ids.to_pylist(), strict=True)
@@ -143,7 +154,7 @@ def sample(spec: JobSpec, count: int) -> list[Sampled]:
             found.append(Sampled(row_id, error=errors[index]))
         else:
             text = tokenizer.decode(ids, skip_special_tokens=False)
-            found.append(Sampled(row_id, tuple(ids), str(text)))
+            found.append(Sampled(row_id, tuple(ids), str(text), ask=asks[index]))
     return found
 
 
@@ -162,21 +173,40 @@ def answer(
         JobError: The model can't be loaded, or does not fit.
     """
     spec = spec.resolved()
+    checkpoint = find_checkpoint(spec.model)
+    spec = preflight.with_dimensions(spec, checkpoint)
     requests = [
-        Request(
-            RequestId(0, index),
-            row.prompt_ids,
-            spec.sampling,
-            row_seed(spec.sampling.seed, row.row_id),
-        )
+        request
         for index, row in enumerate(sampled)
         if row.error is None
+        for request in _requests(spec, index, row)
     ]
-    limit = preflight.input_limit(spec, find_checkpoint(spec.model))
-    job = ReplicaJob(spec, device, limit + spec.sampling.max_new_tokens, str(folder))
+    limit = preflight.input_limit(spec, checkpoint)
+    job = ReplicaJob(spec, device, limit + spec.answer_tokens, str(folder))
     answers = Runner(load_engine(job).engine).submit(requests).result() if requests else {}
     for index, row in enumerate(sampled):
-        yield replace(row, answer=answers.get(RequestId(0, index)))
+        own = [answers[request.id] for request in requests if request.id.row == index]
+        yield replace(row, answer=next(iter(own), None), cells=_cells(spec, row.ask, own))
+
+
+def _requests(spec: JobSpec, index: int, row: Sampled) -> Iterator[Request]:
+    seed = row_seed(spec.sampling.seed, row.row_id)
+    want, beside = row.ask.want, row.ask.beside
+    yield Request(RequestId(0, index), row.prompt_ids, spec.sampling, seed, want=want)
+    if beside:
+        yield Request(
+            RequestId(0, index, 1), beside.prompt_ids, spec.sampling, seed, want=beside.want
+        )
+
+
+def _cells(spec: JobSpec, ask: Ask, answers: list[Answer]) -> dict[str, Any]:
+    if isinstance(spec.task, Generate) or not answers:
+        return {}
+    names = [described.name for described in tasks.fields(spec)]
+    columns = tasks.columns(spec, [ask], [answers])
+    status = tasks.result(spec, ask, answers).status
+    cells = {name: column[0].as_py() for name, column in zip(names, columns, strict=True)}
+    return {"status": status.value} | cells
 
 
 def best_device(spec: JobSpec) -> str:

@@ -163,7 +163,7 @@ def with_bits(
         return _with(spec, bits=None)
     if card is None:
         return _with(spec, bits=16)
-    row_tokens = prompt_tokens + spec.sampling.max_new_tokens
+    row_tokens = prompt_tokens + spec.answer_tokens
     bits = useful_bits(
         checkpoint,
         spec.model,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -246,7 +247,171 @@ class BatchRequests(Section):
     the mean of all. Vectors have the length 1."""
 
 
-Task = Annotated[Generate | BatchRequests, Field(discriminator="kind")]
+class MultiLabel(Section):
+    """Every label that applies, instead of the one that fits best: a yes or no question for each,
+    all of them after the same prompt, which is computed once.
+    """
+
+    question: str = "{label}: "
+    """What is put between the prompt and yes or no; `{label}` stands for the label."""
+    yes: Annotated[str, Field(min_length=1)] = "yes"
+    no: Annotated[str, Field(min_length=1)] = "no"
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """A label applies whose yes has at least this probability, beside no."""
+
+    def asked(self, label: str) -> tuple[str, str]:
+        """Return what follows the prompt if a label applies, and if it does not."""
+        question = self.question.replace("{label}", label)
+        return question + self.yes, question + self.no
+
+    @model_validator(mode="after")
+    def _question_names_the_label(self) -> Self:
+        if "{label}" not in self.question:
+            raise ValueError("question lacks {label}, so it is the same for all labels")
+        if plain_label(self.yes) == plain_label(self.no):
+            raise ValueError("yes and no are the same")
+        return self
+
+
+class Classify(Section):
+    """One of some labels, or several, by their log-likelihood after the prompt: always one of those
+    allowed, with its probability, for one pass over the prompt. `sampling` is not used.
+
+    Columns: `label` (a list with `multi_label`), `probabilities` (a struct with a field for each
+    label; with `labels_column` a list of {label, probability}), `margin` (between the two likeliest
+    labels; with `multi_label` the smallest between a yes and its no) and `entropy` (in nats; with
+    `multi_label` that of all questions together).
+    """
+
+    kind: Literal["classify"] = "classify"
+    labels: list[str] | dict[str, Annotated[list[str], Field(min_length=1)] | str] | None = None
+    """A list of labels, or of each label the words that stand for it: {billing: [billing,
+    invoice]}, whose probabilities add up."""
+    labels_column: str | None = None
+    """A column that holds a list of each row's own labels, instead of `labels`."""
+    max_label_tokens: Annotated[int, Field(ge=1)] = 64
+    """Longest label of `labels_column`, in tokens: a prompt leaves that much room."""
+    before: str = ""
+    """What comes between prompt and label, such as a space. A template can't end with a space; in
+    the format `text` labels of most models begin with one."""
+    normalization: Literal["none", "tokens", "bytes"] = "none"
+    """What a log-likelihood is divided by before labels are compared. `none` is the model's own
+    probability and favours short labels where the wording of labels is the prompt's guess; `bytes`
+    is acc_norm of lm-evaluation-harness."""
+    end: Literal["auto", "always", "never"] = "auto"
+    """Whether the end of the answer belongs to a label. `auto` adds it to all labels of a row if
+    one begins with the tokens of another (`good`, `good enough`): the shorter would always be at
+    least as likely. Without such labels it costs time and says little."""
+    prior_correction: bool = False
+    """Divide by what the labels have after the same template with empty columns (contextual
+    calibration, arXiv 2102.09690), against a model's liking for certain labels."""
+    min_margin: Annotated[float, Field(ge=0, le=1)] | None = None
+    """With a smaller margin a row has the status `invalid` and no label, but its probabilities;
+    such rows count for limits.max_error_rate."""
+    multi_label: MultiLabel | None = None
+
+    @property
+    def spoken(self) -> dict[str, list[str]]:
+        """The words of each label of `labels`."""
+        if not isinstance(self.labels, dict):
+            return {label: [label] for label in self.labels or ()}
+        return {
+            label: [words] if isinstance(words, str) else words
+            for label, words in self.labels.items()
+        }
+
+    @model_validator(mode="after")
+    def _one_source_of_labels(self) -> Self:
+        if (self.labels is None) == (self.labels_column is None):
+            raise ValueError("give either labels or labels_column")
+        if self.labels is None:
+            return self
+        least = 1 if self.multi_label else 2
+        if len(self.labels) < least:
+            raise ValueError(f"labels: there are {len(self.labels)}, and it takes at least {least}")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Self:
+        names = self.labels or ()
+        words = [word for spoken in self.spoken.values() for word in spoken]
+        for what, texts in (("label", list(names)), ("wording", words)):
+            if any(not plain_label(text) for text in texts):
+                raise ValueError(f"labels: a {what} is empty")
+            if twice := _first_twice(texts):
+                raise ValueError(f"labels: the {what} {twice!r} is there twice")
+        return self
+
+    @model_validator(mode="after")
+    def _questions_have_one_wording(self) -> Self:
+        if self.multi_label and isinstance(self.labels, dict):
+            raise ValueError("multi_label asks for each label by its name: give a list of labels")
+        if self.multi_label and self.normalization != "none":
+            raise ValueError("multi_label compares a yes with its no, so it takes no normalization")
+        return self
+
+    @property
+    def answer_tokens(self) -> int:
+        """The most tokens that follow a prompt; no tokenizer makes more than one of a byte, and one
+        for the beginning.
+        """
+        if self.labels is None:
+            return self.max_label_tokens + 1
+        texts = [word for words in self.spoken.values() for word in words]
+        if self.multi_label:
+            texts = [text for label in texts for text in self.multi_label.asked(label)]
+        return max(len((self.before + text).encode()) for text in texts) + 2
+
+
+class Score(Section):
+    """The log-likelihood of a text that is there already: of a column after the prompt, or of the
+    prompt itself. `sampling` is not used.
+
+    Columns: `logprob` (the sum, in nats), `perplexity`, `scored_tokens`, and with `per_token`
+    `token_ids` and `token_logprobs`. A token that belongs to both sides of the seam counts for the
+    continuation.
+    """
+
+    kind: Literal["score"] = "score"
+    continuation: str | None = None
+    """A column with the text after the prompt; null scores the prompt, but for its first token,
+    which nothing comes before (in the format `text` that is the tokenizer's own, if it has one)."""
+    before: str = ""
+    """What comes between prompt and continuation, such as a space; it is scored too."""
+    per_token: bool = False
+    """Give each token with its log-probability."""
+
+
+class Embed(Section):
+    """The hidden state of the last layer as a vector. `sampling` is not used.
+
+    Column: `embedding`, a list of fixed size.
+    """
+
+    kind: Literal["embed"] = "embed"
+    pooling: Literal["last", "mean"] = "last"
+    """`last` takes the state of the last token, as decoders trained for embedding want it, `mean`
+    the mean over all tokens."""
+    normalize: bool = True
+    """Scale to length 1, so that a dot product is the cosine."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Type of the numbers; float16 is half the size, at 3 digits."""
+    dimensions: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Keep this many of the first numbers, for models that were trained for it (arXiv 2205.13147);
+    `auto` is the model's hidden size."""
+
+
+def plain_label(text: str) -> str:
+    """Return what remains of a label to tell it from others."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def _first_twice(texts: list[str]) -> str | None:
+    plain = [plain_label(text) for text in texts]
+    return next((text for i, text in enumerate(plain) if text in plain[:i]), None)
+
+
+Task = Annotated[Generate | Classify | Score | Embed | BatchRequests, Field(discriminator="kind")]
 """What is asked of each row."""
 
 TokenKey = Annotated[int, Field(ge=0, strict=False)]
@@ -526,10 +691,11 @@ class JobSpec(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _usual_engine(cls, data: Any) -> Any:  # noqa: ANN401 - whatever the YAML holds
-        """Let `engine` be set without saying which, if it is the usual one."""
-        if isinstance(data, dict) and isinstance(engine := data.get("engine"), dict):
-            return data | {"engine": {"kind": "continuous"} | engine}
+    def _usual_kinds(cls, data: Any) -> Any:  # noqa: ANN401 - whatever the YAML holds
+        """Let `engine` and `task` be set without saying which, if it is the usual one."""
+        for name, kind in (("engine", "continuous"), ("task", "generate")):
+            if isinstance(data, dict) and isinstance(section := data.get(name), dict):
+                data = data | {name: {"kind": kind} | section}
         return data
 
     @model_validator(mode="before")
@@ -544,6 +710,42 @@ class JobSpec(Section):
     def _all_of_it_is_a_batch_file(self) -> Self:
         specs.check(self)
         return self
+
+    @model_validator(mode="after")
+    def _task_and_rest_agree(self) -> Self:
+        reads = isinstance(self.task, Classify | Score | Embed)
+        if reads and self.engine.kind == "llama_cpp":
+            raise ValueError(
+                f"task {self.task.kind}: the engine llama_cpp only generates; use the engine"
+                " continuous or static, with safetensors"
+            )
+        if reads and self.sampling.n > 1:
+            raise ValueError(f"sampling.n is above 1, but task {self.task.kind} samples nothing")
+        if getattr(self.task, "prior_correction", False) and self.prompt.column is not None:
+            raise ValueError(
+                "task.prior_correction asks the same template without a row, and prompt.column has"
+                " no template"
+            )
+        ends = isinstance(self.task, Classify) or (
+            isinstance(self.task, Score) and self.task.continuation is not None
+        )
+        if ends and self.prompt.format == "text" and self.engine.too_long == "truncate_right":
+            raise ValueError(
+                "engine.too_long truncate_right would cut the end of the prompt, which task"
+                f" {self.task.kind} continues: use truncate_left, or the format chat"
+            )
+        return self
+
+    @property
+    def answer_tokens(self) -> int:
+        """The most tokens that follow a prompt."""
+        match self.task:
+            case Generate() | BatchRequests():
+                return self.sampling.max_new_tokens
+            case Classify() as task:
+                return task.answer_tokens
+            case Score() | Embed():
+                return 0
 
     def resolved(self) -> JobSpec:
         """Return the spec with its short forms written out, as it is logged, saved and

@@ -29,9 +29,8 @@ from quantbatch.storage import open_store
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from quantbatch.batchfile.prompts import RequestRenderer
     from quantbatch.ledger import OutputFormat
-    from quantbatch.prompts.rendering import Renderer
+    from quantbatch.prompts.renderers import AnyRenderer
     from quantbatch.spec import JobSpec
     from quantbatch.storage import Store
 
@@ -165,7 +164,7 @@ def _store(job: ReadJob) -> Store:
 
 
 @lru_cache(maxsize=4)
-def _renderer(job: ReadJob) -> Renderer | RequestRenderer:
+def _renderer(job: ReadJob) -> AnyRenderer:
     """Build the renderer once in a worker process: loading a tokenizer takes seconds."""
     checkpoint = find_checkpoint(job.spec.model.seen_from(job.driver_folder))
     return renderer_of(

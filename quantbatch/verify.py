@@ -24,6 +24,7 @@ from quantbatch.errors import InputError
 from quantbatch.records import Counts
 from quantbatch.reread import InputRows, Unreadable
 from quantbatch.reread_lines import part_schema
+from quantbatch.spec import Embed
 from quantbatch.storage import PRIVATE, open_store, redact
 from quantbatch.verify_rows import Claims, Part, Problem, Problems, SideBySide, our_fields
 
@@ -95,6 +96,7 @@ def verify(spec: JobSpec) -> Verdict:
     problems = Problems()
     claims = _claims(store, problems)
     parts = _parts(store, claims, problems, lines=spec.output.format == "openai-batch")
+    spec = _with_dimensions(store, parts, spec)
     schema = _schema(store, parts, spec, problems)
     ours = {field.name for field in our_fields(spec)}
     rows = InputRows(spec.input, pa.schema([f for f in schema if f.name not in ours]))
@@ -201,6 +203,22 @@ def _parts(store: Store, claims: Claims, problems: Problems, *, lines: bool) -> 
         if key not in seen:
             problems.note("files that are gone", key)
     return sorted(parts, key=lambda part: (part.number, part.key))
+
+
+def _with_dimensions(store: Store, parts: list[Part], spec: JobSpec) -> JobSpec:
+    """Return a spec with `task.dimensions: auto` as the output has it; verify needs no model."""
+    if not isinstance(spec.task, Embed) or spec.task.dimensions != "auto":
+        return spec
+    size, name = 1, f"{spec.output.prefix}embedding"
+    for part in parts:
+        try:
+            found = part_schema(store, part.key)
+        except Unreadable:
+            continue  # reading it will tell
+        if name in found.names and pa.types.is_fixed_size_list(found.field(name).type):
+            size = found.field(name).type.list_size
+            break
+    return spec.model_copy(update={"task": spec.task.model_copy(update={"dimensions": size})})
 
 
 def _schema(store: Store, parts: list[Part], spec: JobSpec, problems: Problems) -> pa.Schema:

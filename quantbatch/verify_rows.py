@@ -21,6 +21,7 @@ from quantbatch.records import Counts, Status
 from quantbatch.reread import ROW_ID, Buffer, InputRows, Unreadable
 from quantbatch.reread_lines import is_lines, part_batches, part_schema
 from quantbatch.rows import UNREADABLE_FILE
+from quantbatch.verify_answers import odd_rows, of_answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -36,8 +37,8 @@ NEAR = 64
 MAX_SEARCHES = 100
 """Searches of the rest of the input for rows that are not there; each may read all of it."""
 
-# Columns that a job adds. Written out here again: what readers are promised does not change because
-# the code that writes it did.
+# Columns that every job adds. Written out here again: what readers are promised does not change
+# because the code that writes it did.
 _OF_ROWS = {
     "row_id": pa.string(),
     "status": pa.string(),
@@ -45,18 +46,6 @@ _OF_ROWS = {
     "error_message": pa.string(),
     "prompt_tokens": pa.int32(),
     "attempt": pa.string(),
-}
-_OF_ANSWERS = {
-    "completion": pa.string(),
-    "finish_reason": pa.string(),
-    "completion_tokens": pa.int32(),
-}
-_OF_REQUESTS = {"response": pa.string(), "completion_tokens": pa.int32()}
-_OF_TOKENS = {"token_ids": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32())}
-_OF_LIKELIEST = {
-    "top_logprobs": pa.list_(
-        pa.list_(pa.struct([("token_id", pa.int32()), ("logprob", pa.float32())]))
-    )
 }
 
 
@@ -118,15 +107,7 @@ class Claims:
 
 def our_fields(spec: JobSpec) -> list[pa.Field]:
     """Return the columns that a job adds, as its output names them."""
-    if spec.task.kind == "openai":
-        types = _OF_ROWS | _OF_REQUESTS
-        return [pa.field(spec.output.prefix + name, kind) for name, kind in types.items()]
-    asked = spec.sampling.logprobs
-    types = _OF_ANSWERS | (_OF_TOKENS if asked is not None else {})
-    types |= _OF_LIKELIEST if asked else {}
-    if spec.sampling.n > 1:
-        types = {name: pa.list_(kind) for name, kind in types.items()}
-    types = _OF_ROWS | types
+    types = _OF_ROWS | of_answers(spec)
     return [pa.field(spec.output.prefix + name, kind) for name, kind in types.items()]
 
 
@@ -166,7 +147,6 @@ class SideBySide:
         problems: Problems,
     ) -> None:
         self._spec = spec
-        self._of_requests = spec.task.kind == "openai"
         self._store = store
         self._input = rows
         self._claims = claims
@@ -246,9 +226,8 @@ class SideBySide:
     def _checked(self, part: Part) -> Iterator[pa.Table]:
         """Yield the rows of a file, having counted and checked what a job adds to them."""
         prefix = self._spec.output.prefix
-        answers = _OF_REQUESTS if self._of_requests else _OF_ANSWERS
         for batch in part_batches(self._store, part.key, None):
-            ours = {name: batch[prefix + name] for name in (*_OF_ROWS, *answers)}
+            ours = {name: batch[prefix + name] for name in (*_OF_ROWS, *of_answers(self._spec))}
             self._count(ours)
             self._check_answers(ours)
             yield batch.append_column(ROW_ID, pc.fill_null(ours["row_id"], ""))
@@ -258,8 +237,9 @@ class SideBySide:
         known = {status.value: found.pop(status.value, 0) for status in Status}
         for status, count in found.items():
             self._problems.note("rows with an unknown status", repr(status), count)
-        numbers = {name: ours[name] for name in ("prompt_tokens", "completion_tokens")}
-        if self._spec.sampling.n > 1 and not self._of_requests:
+        counted = ("prompt_tokens", "completion_tokens")
+        numbers = {name: ours[name] for name in counted if name in ours}
+        if self._spec.task.kind == "generate" and self._spec.sampling.n > 1:
             numbers["completion_tokens"] = pc.list_flatten(numbers["completion_tokens"])
         tokens = {name: pc.sum(column).as_py() or 0 for name, column in numbers.items()}
         unread = pc.sum(pc.equal(ours["error_type"], UNREADABLE_FILE)).as_py() or 0
@@ -268,20 +248,9 @@ class SideBySide:
         self.counts += Counts(invalid=sum(found.values()))
 
     def _check_answers(self, ours: Mapping[str, pa.ChunkedArray]) -> None:
-        failed = pc.equal(ours["status"], Status.ERROR.value)
-        explained = pc.is_valid(ours["error_type"])
-        if self._of_requests:
-            invalid = pc.equal(ours["status"], Status.INVALID.value)
-            explained = pc.and_not(explained, invalid)
-        answered = pc.is_valid(ours["response" if self._of_requests else "completion"])
-        odd = pc.or_(pc.xor(failed, explained), pc.equal(failed, answered))
-        for id in ours["row_id"].filter(odd).to_pylist():
-            self._problems.note("rows whose status and answer contradict each other", str(id))
-        samples = self._spec.sampling.n
-        if samples > 1 and not self._of_requests:
-            wrong = pc.not_equal(pc.list_value_length(ours["completion"]), samples)
-            for id in ours["row_id"].filter(wrong).to_pylist():
-                self._problems.note(f"rows without their {samples} answers", str(id))
+        for kind, odd in odd_rows(self._spec, ours).items():
+            for id in ours["row_id"].filter(odd).to_pylist():
+                self._problems.note(kind, str(id))
 
     # ---- both sides
 

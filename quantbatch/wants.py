@@ -67,6 +67,14 @@ Want = Write | Rank | Score | Embed
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """What a row asks of another prompt, to judge the answer to its own."""
+
+    prompt_ids: tuple[int, ...]
+    want: Want
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """What a row asks for beyond the job's own settings."""
 
@@ -78,6 +86,8 @@ class Ask:
     more_prompts: tuple[tuple[int, ...], ...] = ()
     """Token ids of further prompts of the row, of each of which it wants the same; their answers
     follow those of the first."""
+    beside: Beside | None = None
+    """Its answer comes after the row's own."""
 
     def to_json(self) -> str:
         """Return the ask as JSON."""
@@ -100,7 +110,14 @@ def read_ask(text: str | None) -> Ask:
 def _read(text: str) -> Ask:
     found = json.loads(text)
     more = tuple(tuple(ids) for ids in found["more_prompts"])
-    return Ask(_read_want(found["want"]), found["sampling"], found["about"], more)
+    beside = found["beside"]
+    return Ask(
+        _read_want(found["want"]),
+        found["sampling"],
+        found["about"],
+        more,
+        beside and Beside(tuple(beside["prompt_ids"]), _read_want(beside["want"])),
+    )
 
 
 _remembered = lru_cache(maxsize=4096)(_read)

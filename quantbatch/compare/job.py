@@ -141,6 +141,13 @@ def prepare(spec: JobSpec, choices: Choices) -> Prepared:
                 "compare with --set engine.kind=continuous",
             )
         )
+    if spec.task.kind != "generate":
+        raise SpecError(
+            JobError(
+                f"task.kind is {spec.task.kind}: only generated answers are compared",
+                "compare with --set task.kind=generate, or run the job at both bit widths",
+            )
+        )
     samples = spec.sampling.temperature > 0
     greedy = spec.sampling.model_copy(update={"temperature": 0.0, "n": 1, "logprobs": None})
     # Any number of bits is about to be asked for: what the job says is but one of them.

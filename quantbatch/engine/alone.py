@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantbatch.engine.pieces import PLACES_ALONE
 from quantbatch.records import Embedded, Failure, Ranked, Scored
 from quantbatch.wants import Embed, Rank, Score
 
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from quantbatch.records import Answer, Request
-
-PLACES_AT_ONCE = 128
-"""Places whose scores are there at once."""
 
 
 def read(model: PreTrainedModel, request: Request) -> Answer:
@@ -59,8 +57,8 @@ def _logprobs(model: PreTrainedModel, ids: Sequence[int], first: int) -> list[fl
     runs: Any = model
     found: list[float] = []
     ids_1T = torch.tensor([list(ids)], device=model.device)
-    for begin in range(first, len(ids), PLACES_AT_ONCE):
-        end = min(len(ids), begin + PLACES_AT_ONCE)
+    for begin in range(first, len(ids), PLACES_ALONE):
+        end = min(len(ids), begin + PLACES_ALONE)
         # Nothing after these places changes their scores.
         output = runs(input_ids=ids_1T[:, : end - 1], use_cache=False, logits_to_keep=end - begin)
         scores_PV = output.logits[0, begin - end :]

@@ -37,7 +37,13 @@ from quantbatch.engine.graphs import RecordedSteps
 from quantbatch.engine.kvstore import send
 from quantbatch.engine.limits import ModelLimits
 from quantbatch.engine.paged import PagedStore
-from quantbatch.engine.pieces import Limits, ReadLimits
+from quantbatch.engine.pieces import (
+    LEAST_SCORES,
+    SCORE_BYTES,
+    SCORE_ITEM_BYTES,
+    Limits,
+    ReadLimits,
+)
 from quantbatch.engine.probe import Probe
 from quantbatch.engine.reading import Readings, numbers
 from quantbatch.engine.sampling import Sampler
@@ -62,10 +68,6 @@ if TYPE_CHECKING:
 MOST_COPIES = 512
 """Blocks, 8,192 tokens, that are kept for rows to come on a CPU: many beginnings of prompts, and
 256 MiB for a model of 27 million parameters."""
-SCORE_BYTES = 128 * 2**20
-"""What scores of places may take in a step that rows want which only read."""
-SCORE_ITEM_BYTES = 2 + 4
-"""A score as the model gives it, and as float32."""
 NOT_FINITE = (
     "the model's scores are not finite; float16 overflows beyond 65,504: bfloat16 or float32 may"
     " help (model.dtype, model.quantization.compute_dtype)"
@@ -184,7 +186,8 @@ class ContinuousEngine:
         self._flying: _Launched | None = None
 
     def _read_limits(self) -> ReadLimits:
-        scores = max(16, SCORE_BYTES // (SCORE_ITEM_BYTES * self._model_limits.vocabulary))
+        words = self._model_limits.vocabulary
+        scores = max(LEAST_SCORES, SCORE_BYTES // (SCORE_ITEM_BYTES * words))
         return ReadLimits(scores, max(1, min(scores, self._limits.step_tokens) // 2))
 
     def _make_forward(self, model: PreTrainedModel) -> Forward:

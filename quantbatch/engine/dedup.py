@@ -14,7 +14,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from quantbatch.records import WRITE, Completion
+from quantbatch.records import WRITE, Completion, Ranked
 from quantbatch.wants import Write
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Deduplicated:
         """Requests answered with another's answer."""
         self._most_tokens = remembered_tokens
         self._tokens = 0
-        self._answers: OrderedDict[bytes, Completion] = OrderedDict()
+        self._answers: OrderedDict[bytes, Completion | Ranked] = OrderedDict()
         self._digest_of: dict[RequestId, bytes] = {}
         """Of the requests that the engine has and that others may wait for."""
         self._followers: dict[bytes, list[Request]] = {}
@@ -102,7 +102,7 @@ class Deduplicated:
         self._ready += copies
 
     def _remember(self, digest: bytes, answer: Answer) -> None:
-        if not isinstance(answer, Completion):
+        if not isinstance(answer, Completion | Ranked):
             return
         self._answers[digest] = answer
         self._tokens += _size(answer)
@@ -124,6 +124,8 @@ def _key(settings: bytes) -> bytes:
     return hashlib.blake2b(settings, digest_size=32).digest()
 
 
-def _size(answer: Completion) -> int:
+def _size(answer: Completion | Ranked) -> int:
+    if isinstance(answer, Ranked):
+        return ANSWER_OVERHEAD_TOKENS + sum(map(len, answer.logprobs))
     logprobs = sum(1 + len(each.top) for each in answer.logprobs or ())
     return ANSWER_OVERHEAD_TOKENS + len(answer.token_ids) + 4 * logprobs

@@ -19,12 +19,13 @@ DEFAULT_BATCH_SIZE = 1024
 
 class EchoEngine:
     """Answers each prompt with the beginning of its own tokens; every token is as likely as any
-    other, and a vector is the number of the prompt's tokens.
+    other, and a vector is the number of the prompt's tokens, again and again.
 
     Args:
         decode: Turns a batch of token id sequences into texts.
         batch_size: Rows answered in one step.
         step_s: Time that a step takes, in seconds.
+        hidden_size: Length of a vector.
     """
 
     def __init__(
@@ -33,10 +34,12 @@ class EchoEngine:
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
         step_s: float = 0.0,
+        hidden_size: int = 1,
     ) -> None:
         self._decode = decode
         self._batch_size = batch_size
         self._step_s = step_s
+        self._hidden_size = hidden_size
         self._queue: deque[Request] = deque()
 
     def add(self, requests: Iterable[Request]) -> None:
@@ -55,7 +58,7 @@ class EchoEngine:
         answers = [request.prompt_ids[: request.sampling.max_new_tokens] for request in batch]
         texts = self._decode(list(answers))
         return [
-            _answer(request, Completion(request.id, text, answer, FinishReason.STOP))
+            self._answer(request, Completion(request.id, text, answer, FinishReason.STOP))
             for request, answer, text in zip(batch, answers, texts, strict=True)
         ]
 
@@ -63,14 +66,14 @@ class EchoEngine:
         """See `Engine`; a step never fails, so there is nothing to give back."""
         return []
 
-
-def _answer(request: Request, completion: Completion) -> Answer:
-    match request.want:
-        case Rank(candidates=candidates):
-            return Ranked(request.id, tuple((-1.0,) * len(ids) for ids in candidates))
-        case Score(first=first):
-            return Scored(request.id, (-1.0,) * (len(request.prompt_ids) - first))
-        case Embed():
-            return Embedded(request.id, (float(len(request.prompt_ids)),))
-        case _:
-            return completion
+    def _answer(self, request: Request, completion: Completion) -> Answer:
+        match request.want:
+            case Rank(candidates=candidates):
+                return Ranked(request.id, tuple((-1.0,) * len(ids) for ids in candidates))
+            case Score(first=first):
+                return Scored(request.id, (-1.0,) * (len(request.prompt_ids) - first))
+            case Embed():
+                tokens = float(len(request.prompt_ids))
+                return Embedded(request.id, (tokens,) * self._hidden_size)
+            case _:
+                return completion

@@ -11,6 +11,17 @@ if TYPE_CHECKING:
     from quantbatch.engine.trees import Group, Tree
     from quantbatch.records import Request, TokenLogprobs
 
+SCORE_BYTES = 128 * 2**20
+"""What scores of places may take in a step that rows want which only read."""
+SCORE_ITEM_BYTES = 2 + 4
+"""A score as the model gives it, and as float32."""
+LEAST_SCORES = 16
+"""Places whose scores a step may have, however large the vocabulary is."""
+PLACES_AT_ONCE = 64
+"""Places whose scores are turned into float32 together."""
+PLACES_ALONE = 128
+"""Places whose scores are there at once where rows are read one at a time."""
+
 
 @dataclass(eq=False, slots=True)
 class Row:

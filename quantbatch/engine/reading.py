@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from quantbatch.engine.kvstore import send
+from quantbatch.engine.pieces import PLACES_AT_ONCE
 from quantbatch.records import Embedded, Ranked, Scored
 from quantbatch.wants import Embed, Rank, Score
 
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from quantbatch.engine.forward import Output
     from quantbatch.engine.pieces import Piece, Row
     from quantbatch.records import Answer
-
-PLACES_AT_ONCE = 64
-"""Places whose scores are turned into float32 together."""
 
 
 class Wanted(NamedTuple):

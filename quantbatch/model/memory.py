@@ -26,7 +26,7 @@ from quantbatch.model.formats import stored_quantization
 from quantbatch.model.kv import kv_shape, unpackable
 from quantbatch.model.misfit import does_not_fit
 from quantbatch.model.spread import spread
-from quantbatch.spec import ContinuousEngine, Unquantized
+from quantbatch.spec import Classify, ContinuousEngine, Embed, Score, Unquantized
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -129,6 +129,8 @@ class Work:
     """Whether every row takes the likeliest token and nothing else: choosing is then cheap."""
     counts_tokens: bool = False
     """Whether it is counted how often each row has said each token, for penalties."""
+    reads: bool = False
+    """Whether rows want log-likelihoods or vectors, and no answer."""
     cards: int = 1
     """Cards that the model's layers are spread over."""
 
@@ -146,7 +148,7 @@ class Work:
         """
         engine, sampling = spec.engine, spec.sampling
         step_tokens = None
-        max_tokens = max_input_tokens + sampling.max_new_tokens
+        max_tokens = max_input_tokens + spec.answer_tokens
         packed = isinstance(engine, ContinuousEngine)
         if packed and not unpackable(checkpoint.text_config, max_tokens):
             assert isinstance(engine, ContinuousEngine)
@@ -159,6 +161,7 @@ class Work:
             step_tokens=step_tokens,
             greedy=sampling.is_plain,
             counts_tokens=sampling.counts_tokens,
+            reads=isinstance(spec.task, Classify | Score | Embed),
             cards=max(1, int(spec.cluster.gpus_per_replica)),
         )
 
@@ -350,6 +353,7 @@ class Load:
             + workspace.mask_bytes(rows, self.work.prompt_tokens, item_bytes)
             + workspace.score_bytes(config, rows, self.work.prompt_tokens, item_bytes)
             + workspace.logit_bytes(config, rows)
+            + (workspace.alone_bytes(config) if self.work.reads else 0)
             + workspace.cache_growth_bytes(self.shape, rows, self.work.max_tokens)
             + workspace.expanded_latent_bytes(config, rows, self.work.max_tokens, item_bytes)
         )
@@ -364,6 +368,7 @@ class Load:
             + workspace.packed_score_bytes(config, self.work.max_tokens, item_bytes)
             + workspace.logit_bytes(config, rows, greedy=self.work.greedy)
             + (workspace.count_bytes(config, rows) if self.work.counts_tokens else 0)
+            + (workspace.reading_bytes(config) if self.work.reads else 0)
             + self._recorded_bytes(rows)
             # Prompts in pieces gather what a layer has of them, at most all rows' own.
             + workspace.cache_growth_bytes(

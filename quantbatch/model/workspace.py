@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from quantbatch.engine.pieces import (
+    LEAST_SCORES,
+    PLACES_ALONE,
+    PLACES_AT_ONCE,
+    SCORE_BYTES,
+    SCORE_ITEM_BYTES,
+)
 from quantbatch.model.footprint import ITEM_BYTES
 from quantbatch.model.sizes import first_of, hidden_size, query_heads
 from quantbatch.spec import FourBit, Int8, Unquantized
@@ -111,6 +118,22 @@ def packed_score_bytes(config: Mapping[str, Any], tokens: int, item_bytes: int) 
 def logit_bytes(config: Mapping[str, Any], rows: int, *, greedy: bool = False) -> int:
     """Return what choosing the next token of each row takes."""
     return rows * first_of(config, "vocab_size") * (GREEDY_LOGIT_BYTES if greedy else LOGIT_BYTES)
+
+
+def reading_bytes(config: Mapping[str, Any]) -> int:
+    """Return what scores take that rows want which only read, in the continuous engine: those of a
+    step, and some of them in float32 twice, for their logsumexp.
+    """
+    words = first_of(config, "vocab_size")
+    scores = max(SCORE_BYTES, LEAST_SCORES * SCORE_ITEM_BYTES * words)
+    return scores + PLACES_AT_ONCE * words * 2 * ITEM_BYTES["float32"]
+
+
+def alone_bytes(config: Mapping[str, Any]) -> int:
+    """Return what scores take that rows want which only read, in the static engine: a row at a
+    time, some places as the model gives them, as float64 and their log-softmax.
+    """
+    return PLACES_ALONE * first_of(config, "vocab_size") * (4 + 8 + 8)
 
 
 def scores_kept_bytes(config: Mapping[str, Any], rows: int, item_bytes: int) -> int:

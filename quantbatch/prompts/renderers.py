@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantbatch.batchfile.prompts import RequestRenderer
+from quantbatch.prompts.asking import Asker
 from quantbatch.prompts.rendering import Renderer
+from quantbatch.spec import Classify, Embed, Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from quantbatch.prompts.tokens import TooLong
     from quantbatch.spec import JobSpec
+
+AnyRenderer = Renderer | Asker | RequestRenderer
 
 
 def renderer_of(
@@ -20,7 +24,7 @@ def renderer_of(
     *,
     max_prompt_tokens: int,
     too_long: TooLong = "error",
-) -> Renderer | RequestRenderer:
+) -> AnyRenderer:
     """Return what makes token ids of a job's rows.
 
     Args:
@@ -31,4 +35,12 @@ def renderer_of(
     """
     if spec.input.format == "openai-batch":
         return RequestRenderer(spec, tokenizer, max_prompt_tokens=max_prompt_tokens)
+    if isinstance(spec.task, Classify | Score | Embed):
+        return Asker(
+            spec.prompt,
+            spec.task,
+            tokenizer,
+            max_prompt_tokens=max_prompt_tokens,
+            too_long=too_long,
+        )
     return Renderer(spec.prompt, tokenizer, max_prompt_tokens=max_prompt_tokens, too_long=too_long)

@@ -29,7 +29,7 @@ from quantbatch.prompts.tokens import ControlTokens, Encoder, MarkedText
 from quantbatch.records import from_token_lists
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from transformers import PreTrainedTokenizerBase
 
@@ -127,7 +127,9 @@ def require_chat_template(prompt: spec.Prompt, chat_template: str | None) -> Non
         )
 
 
-class _Prompt(NamedTuple):
+class PromptText(NamedTuple):
+    """A row's prompt before it is tokenized."""
+
     text: MarkedText
     conversation: Conversation | None = None
     """What the text was rendered from, in the format `chat`."""
@@ -214,14 +216,14 @@ class Renderer:
         self._chat = ChatTemplate(prompt, tokenizer) if prompt.format == "chat" else None
         source = self._chat.source if self._chat else prompt.template or ""
         self._roles = ROLES | set(re.findall(r"""['"](\w+)['"]""", source))
-        self._control = ControlTokens(tokenizer, source)
+        self.control = ControlTokens(tokenizer, source)
         # Who wrote a token matters only if the template writes any: others need no telling apart.
-        self._writes_tokens = self._chat is None and self._control.within(source)
-        marks = self._control.marks if self._writes_tokens else None
+        self._writes_tokens = self._chat is None and self.control.within(source)
+        marks = self.control.marks if self._writes_tokens else None
         self._templates = compile_templates(prompt, marks)
-        self._encoder = Encoder(
+        self.encoder = Encoder(
             tokenizer,
-            self._control,
+            self.control,
             limit=max_prompt_tokens,
             too_long=too_long,
             adds_special=self._chat is None,
@@ -241,16 +243,62 @@ class Renderer:
     def render(self, rows: pa.Table) -> Prompts:
         """Return the token ids, or the error, of each row of a table that has the `columns`."""
         errors: dict[int, RowError] = {}
-        prompts = self._apply_chat_template(self._compose(rows, errors), errors)
-        batch = self._encoder.encode_batch({row: prompt.text for row, prompt in prompts.items()})
-        token_ids: list[list[int] | None] = [None] * rows.num_rows
+        token_ids = self.encode(self.texts(rows, errors), errors)
+        lists = [token_ids.get(row) for row in range(rows.num_rows)]
+        return Prompts(from_token_lists(lists), dict(sorted(errors.items())))
+
+    def texts(self, rows: pa.Table, errors: dict[int, RowError]) -> dict[int, PromptText]:
+        """Return the text of each row; one without gets an error instead."""
+        return self._apply_chat_template(self._compose(rows, errors), errors)
+
+    def text_of(self, row: dict[str, Any]) -> PromptText:
+        """Return the text of one row, which may say nothing at all.
+
+        Raises:
+            RowError: It can't be rendered.
+        """
+        errors: dict[int, RowError] = {}
+        texts = self._apply_chat_template({0: self._composed(self._said(row))}, errors)
+        if errors:
+            raise errors[0]
+        return texts[0]
+
+    def encode(
+        self,
+        prompts: Mapping[int, PromptText],
+        errors: dict[int, RowError],
+        taken: Mapping[int, int] | None = None,
+    ) -> dict[int, list[int]]:
+        """Return the token ids of rows' texts; one without gets an error instead.
+
+        Args:
+            prompts: The texts.
+            errors: Takes what is wrong.
+            taken: Tokens of the limit that something else of a row takes.
+        """
+        batch = self.encoder.encode_batch({row: prompt.text for row, prompt in prompts.items()})
+        token_ids: dict[int, list[int]] = {}
         for row, prompt in prompts.items():
+            other = taken[row] if taken else 0
             try:
-                ids = self._encoder.fit(prompt.text, batch.get(row))
-                token_ids[row] = self._encoder.cut(*self._parts(prompt)) if ids is None else ids
+                ids = self.encoder.fit(prompt.text, batch.get(row), other)
+                if ids is None:
+                    ids = self.encoder.cut(*self._parts(prompt), other)
+                token_ids[row] = ids
             except RowError as error:
                 errors[row] = error
-        return Prompts(from_token_lists(token_ids), dict(sorted(errors.items())))
+        return token_ids
+
+    def after_answer(self) -> str:
+        """Return what the chat template writes after an answer; nothing in the format `text`."""
+        if self._chat is None:
+            return ""
+        turns: Conversation = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": SENTINEL},
+        ]
+        text = self._chat.render_one(turns)
+        return "" if isinstance(text, RowError) else text.rpartition(SENTINEL)[2]
 
     def _compose(
         self, rows: pa.Table, errors: dict[int, RowError]
@@ -268,17 +316,23 @@ class Renderer:
         return composed
 
     def _compose_row(self, row: dict[str, Any]) -> Conversation | MarkedText:
-        said = self._from_column(row) if self._prompt.column else self._from_templates(row)
+        said = self._said(row)
         if not any(text.strip() for text in _texts(said)):
             raise RowError("empty_prompt", "the prompt is empty")
+        return self._composed(said)
+
+    def _said(self, row: dict[str, Any]) -> str | Conversation:
+        return self._from_column(row) if self._prompt.column else self._from_templates(row)
+
+    def _composed(self, said: str | Conversation) -> Conversation | MarkedText:
         if isinstance(said, list):
             return said
         if self._chat is not None:
             return [{"role": "user", "content": said}]
         if self._writes_tokens:
-            return self._control.mark_data(said)
-        if self._prompt.column is None and self._control.within(said):
-            return MarkedText(self._control.mark(said), marked=True)
+            return self.control.mark_data(said)
+        if self._prompt.column is None and self.control.within(said):
+            return MarkedText(self.control.mark(said), marked=True)
         return MarkedText(said)
 
     def _from_templates(self, row: dict[str, Any]) -> str | Conversation:
@@ -311,23 +365,25 @@ class Renderer:
 
     def _apply_chat_template(
         self, composed: dict[int, Conversation | MarkedText], errors: dict[int, RowError]
-    ) -> dict[int, _Prompt]:
+    ) -> dict[int, PromptText]:
         if self._chat is None:
             return {
-                row: _Prompt(said) for row, said in composed.items() if isinstance(said, MarkedText)
+                row: PromptText(said)
+                for row, said in composed.items()
+                if isinstance(said, MarkedText)
             }
         chats = {row: said for row, said in composed.items() if isinstance(said, list)}
-        marked = {row: self._control.mark(c) for row, c in chats.items() if self._control.within(c)}
+        marked = {row: self.control.mark(c) for row, c in chats.items() if self.control.within(c)}
         chats |= marked
-        prompts: dict[int, _Prompt] = {}
+        prompts: dict[int, PromptText] = {}
         for row, text in zip(chats, self._chat.render(list(chats.values())), strict=True):
             if isinstance(text, RowError):
                 errors[row] = text
             else:
-                prompts[row] = _Prompt(MarkedText(text, row in marked), chats[row])
+                prompts[row] = PromptText(MarkedText(text, row in marked), chats[row])
         return prompts
 
-    def _parts(self, prompt: _Prompt) -> tuple[str, str, str]:
+    def _parts(self, prompt: PromptText) -> tuple[str, str, str]:
         """Split a prompt into what stays before, what may be cut, and what stays after."""
         text = prompt.text.text
         if self._chat is None or prompt.conversation is None:

@@ -28,7 +28,7 @@ from quantbatch.errors import ModelError, RowError
 from quantbatch.model import hub
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -44,6 +44,8 @@ CHARS_PER_TOKEN = 16
 """Texts with fewer characters than this for each token of the limit are tokenized whole. English
 has 4; the longest runs of spaces in common vocabularies have 16 to 128."""
 MIN_WHOLE_CHARS = 1 << 16
+NEAR_THE_END = 1 << 12
+"""Characters that are looked through for the last token of a template."""
 MARGIN_TOKENS = 256
 """Tokens beyond the limit that make sure of a cut text; words are rarely longer than this."""
 BATCH_CHARS = 1_000_000
@@ -252,6 +254,18 @@ class ControlTokens:
         result = self._pattern.sub(marked, plain)
         return MarkedText(result, marked=result != plain)
 
+    def last_written(self, text: str) -> int:
+        """Return where the last token begins that a template wrote into a marked text; -1 if none
+        did near its end.
+        """
+        near = max(0, len(text) - NEAR_THE_END)
+        starts = [
+            match.start()
+            for match in self._pattern.finditer(text, near)
+            if text[match.start() - 1 : match.start()] != self.marks[0]
+        ]
+        return starts[-1] if starts else -1
+
     def encode(self, *texts: str) -> list[int]:
         """Return the token ids of adjacent marked texts, of which no token spans two."""
         try:
@@ -318,12 +332,15 @@ class Encoder:
             token_ids.update(zip(batch, (encoding.ids for encoding in encodings), strict=True))
         return token_ids
 
-    def fit(self, text: MarkedText, token_ids: list[int] | None) -> list[int] | None:
+    def fit(
+        self, text: MarkedText, token_ids: list[int] | None, taken: int = 0
+    ) -> list[int] | None:
         """Return a text's token ids, or None if it has to be cut.
 
         Args:
             text: The text.
             token_ids: What `encode_batch` returned for it, if it did.
+            taken: Tokens of the limit that something else takes.
 
         Raises:
             RowError: It has no tokens, or too many and must not be cut.
@@ -333,7 +350,8 @@ class Encoder:
             token_ids = [*self._head, *ids, *self._tail]
         if not token_ids:
             raise RowError("empty_prompt", "the prompt has no tokens")
-        if len(token_ids) <= self._limit:
+        limit = self._limit - taken
+        if len(token_ids) <= limit:
             return token_ids
         if self._too_long != "error":
             return None
@@ -341,25 +359,47 @@ class Encoder:
         if len(text.text) > self._whole_chars:
             chars = len(text.text) - sum(map(text.text.count, self._control.marks))
             size = f"{chars:,} characters and more than {self._limit:,} tokens"
-        raise RowError("prompt_too_long", f"prompt has {size}; the limit is {self._limit:,}")
+        raise RowError("prompt_too_long", f"prompt has {size}; the limit is {limit:,}")
 
-    def cut(self, before: str, body: str, after: str) -> list[int]:
+    def cut(self, before: str, body: str, after: str, taken: int = 0) -> list[int]:
         """Return exactly the limit of token ids: all but as much of the body as is too much.
 
         Args:
             before: What stays before the body; with it and `after` empty, special tokens stay.
             body: What is cut.
             after: What stays after it.
+            taken: Tokens of the limit that something else takes.
         """
         head = self._control.encode(before) if before else self._head
         tail = self._control.encode(before, after)[len(head) :] if after else self._tail
-        room = self._limit - len(head) - len(tail)
+        limit = self._limit - taken
+        room = limit - len(head) - len(tail)
         if room < 1:
             size = f"{len(head) + len(tail):,} tokens around the part that can be cut"
-            raise RowError("prompt_too_long", f"prompt has {size}; the limit is {self._limit:,}")
+            raise RowError("prompt_too_long", f"prompt has {size}; the limit is {limit:,}")
         cut_left = self._too_long == "truncate_left"
         ids = self._enough(body, room, cut_left=cut_left, before=before)
         return [*head, *(ids[-room:] if cut_left else ids[:room]), *tail]
+
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of unmarked texts, without special tokens around them."""
+        found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
+    def ending(self, text: MarkedText) -> str:
+        """Return as much of a text's end as may matter, if its beginning is cut."""
+        whole = len(text.text) <= self._whole_chars
+        return text.text if whole else self._control.ending(text.text, self._whole_chars)
+
+    @property
+    def special(self) -> tuple[list[int], list[int]]:
+        """The special tokens before and after each text."""
+        return self._head, self._tail
+
+    @property
+    def limit(self) -> int:
+        """Longest prompt in tokens."""
+        return self._limit
 
     def _enough(self, text: str, tokens: int, *, cut_left: bool, before: str = "") -> list[int]:
         """Return the token ids of as much of a text as surely has `tokens` of them, or of all."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from quantbatch.records import Failure, Status
-from quantbatch.spec import BatchRequests, Generate
-from quantbatch.tasks import generate, requests
+from quantbatch.spec import BatchRequests, Classify, Embed, Generate, Score
+from quantbatch.tasks import classify, embed, generate, requests, score
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +37,12 @@ def fields(spec: JobSpec) -> list[pa.Field]:
             return generate.fields(spec.sampling)
         case BatchRequests():
             return requests.fields()
+        case Classify() as task:
+            return classify.fields(task)
+        case Score() as task:
+            return score.fields(task)
+        case Embed() as task:
+            return embed.fields(task)
 
 
 def result(spec: JobSpec, ask: Ask, answers: Sequence[Answer]) -> Result:
@@ -51,9 +57,21 @@ def result(spec: JobSpec, ask: Ask, answers: Sequence[Answer]) -> Result:
         return Result(Status.ERROR)
     if isinstance(spec.task, BatchRequests):
         return Result(*requests.status(ask, answers))
-    samples = ask.sampling.get("n", spec.sampling.n)
-    assert len(answers) == samples, "a row lacks samples"
-    return Result(generate.status(answers), generate.failure(answers))
+    if isinstance(spec.task, Generate):
+        samples = ask.sampling.get("n", spec.sampling.n)
+        assert len(answers) == samples, "a row lacks samples"
+        return Result(generate.status(answers), generate.failure(answers))
+    failed = next((answer for answer in answers if isinstance(answer, Failure)), None)
+    if failed:
+        return Result(Status.ERROR, failed)
+    match spec.task:
+        case Classify() as task:
+            return Result(*classify.status(task, ask, answers))
+        case Score():
+            return Result(Status.OK)
+        case Embed() as task:
+            overflow = embed.failure(task, answers[0])
+            return Result(Status.ERROR if overflow else Status.OK, overflow)
 
 
 def columns(
@@ -68,4 +86,17 @@ def columns(
     """
     if isinstance(spec.task, BatchRequests):
         return requests.columns(spec, asks, answers)
-    return generate.columns(answers, spec.sampling)
+    if isinstance(spec.task, Generate):
+        return generate.columns(answers, spec.sampling)
+    results = [result(spec, *each) for each in zip(asks, answers, strict=True)]
+    sound = [
+        [] if each.status is Status.ERROR else found
+        for each, found in zip(results, answers, strict=True)
+    ]
+    match spec.task:
+        case Classify() as task:
+            return classify.columns(task, asks, sound)
+        case Score() as task:
+            return score.columns(task, asks, sound)
+        case Embed() as task:
+            return embed.columns(task, sound)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -56,6 +58,8 @@ LINES = [
     "{}",
     chat("n", "a\u2028b\u0085c"),
 ]
+HIDDEN_SIZE = 192
+"""Of the quickstart's model."""
 ANSWERED = ["a", "b", "c", "d", "e", "h", "j", "n"]
 
 
@@ -165,10 +169,12 @@ def test_the_official_client_reads_the_bodies(finished: Path) -> None:
     assert [choice.text for choice in completion.choices] == ["one two"] * 2 + ["three"] * 2
     assert completion.usage is not None
     assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (4, 8)
-    assert [
-        each.embedding for each in CreateEmbeddingResponse.model_validate(bodies["d"]).data
-    ] == [[1.0]] * 2
-    assert bodies["e"]["data"][0]["embedding"] == "AACAPw=="
+    vectors = [each.embedding for each in CreateEmbeddingResponse.model_validate(bodies["d"]).data]
+    assert len(vectors) == 2
+    for vector in vectors:
+        assert vector == pytest.approx([HIDDEN_SIZE**-0.5] * HIDDEN_SIZE)
+    packed = np.frombuffer(base64.b64decode(bodies["e"]["data"][0]["embedding"]), "<f4")
+    assert packed.tolist() == pytest.approx([HIDDEN_SIZE**-0.5] * HIDDEN_SIZE)
     assert bodies["e"]["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
 
 
