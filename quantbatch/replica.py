@@ -191,23 +191,10 @@ class Replica:
                 )
             )
             if prompt is not None and not error.is_valid
-            for request in self._requests_of_row(chunk, row, row_id, prompt, ask)
+            for request in requests_of(
+                RequestId(chunk, row), row_id, tuple(prompt), ask, self._sampling(ask)
+            )
         ]
-
-    def _requests_of_row(
-        self, chunk: int, row: int, row_id: str, prompt: list[int], ask: Ask
-    ) -> Iterator[Request]:
-        sampling = self._sampling(ask)
-        samples = sampling.n if isinstance(ask.want, Write) else 1
-        for sample, ids in enumerate(
-            ids for ids in (tuple(prompt), *ask.more_prompts) for _ in range(samples)
-        ):
-            seed = sample_seed(sampling.seed, row_id, sample)
-            yield Request(RequestId(chunk, row, sample), ids, sampling, seed, want=ask.want)
-        if ask.beside:
-            id = RequestId(chunk, row, samples * (1 + len(ask.more_prompts)))
-            prompt_ids, want = ask.beside.prompt_ids, ask.beside.want
-            yield Request(id, prompt_ids, sampling, 0, want=want)
 
     def _sampling(self, ask: Ask) -> Sampling:
         """Return a row's sampling; equal ones are one object, which engines compare quickly."""
@@ -217,8 +204,7 @@ class Replica:
         if key not in self._samplings:
             if len(self._samplings) > MOST_SAMPLINGS:
                 self._samplings.clear()
-            own = self._spec.sampling.model_dump() | ask.sampling
-            self._samplings[key] = Sampling.model_validate(own)
+            self._samplings[key] = sampling_of(self._spec.sampling, ask)
         return self._samplings[key]
 
     def _measured(self) -> ReplicaStats:
@@ -229,6 +215,35 @@ class Replica:
             self._stats, busy_s=self._runner.busy_s, peak_bytes=peak_bytes
         )
         return dataclasses.replace(self._stats, engine=self._progress())
+
+
+def requests_of(
+    id: RequestId, row_id: str, prompt: tuple[int, ...], ask: Ask, sampling: Sampling
+) -> Iterator[Request]:
+    """Yield all requests of a row: each sample of each of its prompts, and what it asks beside.
+
+    Args:
+        id: Of the first.
+        row_id: The row's, on which its seeds depend.
+        prompt: Its own prompt.
+        ask: What it asks for.
+        sampling: Its sampling, see `sampling_of`.
+    """
+    samples = sampling.n if isinstance(ask.want, Write) else 1
+    prompts = (prompt, *ask.more_prompts)
+    for sample, ids in enumerate(ids for ids in prompts for _ in range(samples)):
+        seed = sample_seed(sampling.seed, row_id, sample)
+        yield Request(id._replace(sample=sample), ids, sampling, seed, want=ask.want)
+    if ask.beside:
+        last = id._replace(sample=samples * len(prompts))
+        yield Request(last, ask.beside.prompt_ids, sampling, 0, want=ask.beside.want)
+
+
+def sampling_of(usual: Sampling, ask: Ask) -> Sampling:
+    """Return a row's sampling: the job's, but for what the row asks for itself."""
+    if not ask.sampling:
+        return usual
+    return Sampling.model_validate(usual.model_dump() | ask.sampling)
 
 
 def _compare_with_plan(planned_bytes: int, peak_bytes: int) -> None:

@@ -6,6 +6,7 @@ those of the run. Of the several answers that `sampling.n` may ask for, the firs
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from quantbatch.prompts.rendering import check_prompt, row_seed
 from quantbatch.prompts.templates import missing_column
 from quantbatch.prompts.tokens import tokenizer_of
 from quantbatch.records import Chunk, Request, RequestId, Slice
-from quantbatch.replica import ReplicaJob, load_engine
+from quantbatch.replica import ReplicaJob, load_engine, requests_of, sampling_of
 from quantbatch.runner import Runner
 from quantbatch.spec import Generate
 from quantbatch.wants import USUAL, read_ask
@@ -190,13 +191,9 @@ def answer(
 
 
 def _requests(spec: JobSpec, index: int, row: Sampled) -> Iterator[Request]:
-    seed = row_seed(spec.sampling.seed, row.row_id)
-    want, beside = row.ask.want, row.ask.beside
-    yield Request(RequestId(0, index), row.prompt_ids, spec.sampling, seed, want=want)
-    if beside:
-        yield Request(
-            RequestId(0, index, 1), beside.prompt_ids, spec.sampling, seed, want=beside.want
-        )
+    sampling = sampling_of(spec.sampling, row.ask)
+    found = requests_of(RequestId(0, index), row.row_id, row.prompt_ids, row.ask, sampling)
+    return itertools.islice(found, 1 if isinstance(spec.task, Generate) else None)
 
 
 def _cells(spec: JobSpec, ask: Ask, answers: list[Answer]) -> dict[str, Any]:

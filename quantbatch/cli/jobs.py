@@ -27,30 +27,83 @@ from quantbatch.errors import JobError, SpecError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from quantbatch.batchfile.onefile import OneFile
     from quantbatch.errors import DoesNotFit
     from quantbatch.model.cards import Card
     from quantbatch.sample import Sampled
     from quantbatch.spec import JobSpec
 
 
-def run(
-    spec: SpecPath, overrides: Overrides = None, extend: Extend = False, as_json: AsJson = False
+def run(  # noqa: PLR0913 - an argument for each option
+    spec: Annotated[
+        Path | None, typer.Argument(metavar="[SPEC]", help="The job's YAML file.")
+    ] = None,
+    openai_batch: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Answer a batch file of requests, without a spec."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="With it: where the responses go."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With it: the model, a folder or a repository.")
+    ] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="With it: 4, 8, 16, 32, or auto for what fits the card.")
+    ] = None,
+    card: OnCard = None,
+    overrides: Overrides = None,
+    extend: Extend = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a job, or continue it: every row of the input is answered exactly once."""
     with outcome(as_json):
+        overrides = [*card_fields(card), *(overrides or ())]
+        whole = None
+        if openai_batch is not None:
+            whole = _one_file(spec, openai_batch, output, model, bits)
+            spec = whole.spec
+        elif spec is None or output or model or bits:
+            problem = "run takes the path of a SPEC, or --openai-batch with --output and --model"
+            raise SpecError(JobError(problem, "quantbatch run job.yaml"))
         job = load(spec, overrides)
         from quantbatch import pipeline
 
         with console.live_progress() as progress:
             report = pipeline.run(job, extend=extend, progress=progress)
+        if whole:
+            _finish(whole)
         if as_json:
             console.say_document(report.to_json())
         else:
             console.say(f"{job.name}: {console.OUTCOMES[report.outcome.value]}", "bold")
             console.say(console.report_table(report))
             given = [str(spec), *(part for text in overrides or () for part in ("--set", text))]
-            console.say(console.next_steps(report, shlex.join(given)))
+            if whole is None or not report.exit_code:
+                console.say(console.next_steps(report, shlex.join(given)))
         raise typer.Exit(report.exit_code)
+
+
+def _one_file(
+    spec: Path | None, requests: Path, output: Path | None, model: str | None, bits: str | None
+) -> OneFile:
+    from quantbatch.batchfile import onefile
+
+    if spec is not None or output is None or model is None:
+        problem = "--openai-batch takes --output and --model, and no SPEC"
+        hint = "quantbatch run --openai-batch in.jsonl -o out.jsonl --model MODEL --bits 4"
+        raise SpecError(JobError(problem, hint))
+    number = int(bits) if bits and bits.isdecimal() else bits
+    return onefile.begin(requests, output, model=model, bits=number)
+
+
+def _finish(job: OneFile) -> None:
+    from quantbatch.batchfile import onefile
+
+    onefile.finish(job)
+    failed = f", failed requests: {job.errors}" if job.errors.exists() else ""
+    console.note(f"responses: {job.output}{failed}")
 
 
 def plan(  # noqa: PLR0913 - an argument for each option

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quantbatch.records import Answer
-    from quantbatch.spec import JobSpec, Model
+    from quantbatch.spec import JobSpec
     from quantbatch.wants import Ask
 
 INVALID = "invalid_answer"
@@ -49,7 +48,7 @@ def columns(
     spec: JobSpec, asks: Sequence[Ask], answers: Sequence[Sequence[Answer]]
 ) -> list[pa.Array]:
     """Turn the answers of a chunk into the task's columns, in the order of `fields`."""
-    texts = token_texts(spec.model)
+    texts = TokenTexts(lambda: tokenizer_of(find_checkpoint(spec.model)))
     bodies: list[str | None] = []
     tokens: list[int | None] = []
     for ask, row in zip(asks, answers, strict=True):
@@ -66,9 +65,3 @@ def columns(
 
 def _whole(answers: Sequence[Answer]) -> list[Completion | Embedded]:
     return [answer for answer in answers if isinstance(answer, Completion | Embedded)]
-
-
-@functools.lru_cache(maxsize=4)
-def token_texts(model: Model) -> TokenTexts:
-    """Return the texts of a model's tokens."""
-    return TokenTexts(lambda: tokenizer_of(find_checkpoint(model)))

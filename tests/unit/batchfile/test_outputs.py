@@ -18,6 +18,7 @@ from openai.types.chat import ChatCompletion
 
 from quantbatch import preflight, stages
 from quantbatch.errors import InputError
+from quantbatch.input import sources
 from quantbatch.ledger import publish_shard
 from quantbatch.replica import Replica
 from quantbatch.spec import JobSpec
@@ -103,6 +104,8 @@ def run_here(spec: JobSpec, *, chunks: int | None = None) -> None:
         job.ledger.record_published(published)
     if job.ledger.finished:
         job.ledger.succeed()
+    while sources._PAUSED:
+        sources._PAUSED.popitem()[1].close()
 
 
 def read(folder: Path, ending: str) -> list[dict[str, Any]]:
