@@ -17,7 +17,7 @@ from quantbatch.errors import InputError, SpecError
 from quantbatch.input import listing, sources
 from quantbatch.model.checkpoint import find_checkpoint
 from quantbatch.prompts.renderers import renderer_of
-from quantbatch.prompts.rendering import check_prompt, row_seed
+from quantbatch.prompts.rendering import check_prompt
 from quantbatch.prompts.templates import missing_column
 from quantbatch.prompts.tokens import tokenizer_of
 from quantbatch.records import Chunk, Request, RequestId, Slice
