@@ -13,12 +13,12 @@ from quantbatch.model.sizes import gib
 from quantbatch.spec import FourBit, Int8
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from quantbatch.model.memory import Load
 
 LENGTH_STEP = 64
-"""Tokens; shorter rows than this are no help."""
+"""Tokens; shorter rows than this are no help, and lengths are tried in multiples of it."""
 
 
 def does_not_fit(load: Load, rows: int) -> DoesNotFit:
@@ -51,10 +51,13 @@ def _cached(load: Load, rows: int) -> str:
 
 def _cheapest_help(load: Load, rows: int) -> str:
     """Find what makes it fit: first what costs speed only, then what costs input, then quality."""
-    for fewer in range(rows - 1, 0, -1):
-        if load.plan(fewer).fits:
-            return f"engine.batch_size {fewer} fits"
-    tokens = _longest_fitting(load)
+    fewer = _most(rows, lambda rows: load.plan(rows).fits)
+    if fewer:
+        return f"engine.batch_size {fewer} fits"
+    steps = math.ceil(load.work.max_tokens / LENGTH_STEP)
+    tokens = LENGTH_STEP * _most(
+        steps, lambda steps: load.of_length(steps * LENGTH_STEP).plan(1).fits
+    )
     if tokens:
         return f"rows of {tokens:,} tokens fit one at a time: lower engine.max_input_tokens"
     for bits, lighter in _lighter(load):
@@ -81,16 +84,16 @@ def _larger_card(load: Load, before: str) -> str:
     return ""
 
 
-def _longest_fitting(load: Load) -> int:
-    """Return the most tokens with which one row fits, in steps of `LENGTH_STEP`; 0 if none does."""
-    fitting, too_long = 0, math.ceil(load.work.max_tokens / LENGTH_STEP)
-    while too_long - fitting > 1:
-        middle = (fitting + too_long) // 2
-        if load.of_length(middle * LENGTH_STEP).plan(1).fits:
+def _most(too_many: int, fits: Callable[[int], bool]) -> int:
+    """Return the greatest number that fits, where all below it do; 0 if none does."""
+    fitting = 0
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        if fits(middle):
             fitting = middle
         else:
-            too_long = middle
-    return fitting * LENGTH_STEP
+            too_many = middle
+    return fitting
 
 
 def _lighter(load: Load) -> Iterator[tuple[int, Load]]:
