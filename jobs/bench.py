@@ -8,6 +8,7 @@
     python jobs/bench.py peers       the engine against those of other packages, if installed
     python jobs/bench.py gpu ...     a card: memory, speed, loading; its help lists the parts
     python jobs/bench.py loading     quantizing at load against the cache: seconds, bytes, memory
+    python jobs/bench.py grammar     libraries of token masks, at a vocabulary of 150,000
 
 In the first three the engine is `echo`, which answers with the beginning of the prompt: everything
 else is real, the tokenizer of the quickstart's model included. The others are in `enginebench`.
@@ -338,6 +339,29 @@ def loading(rounds: int = 3, threads: int = 1) -> None:
     _print({"benchmark": "loading", "threads": threads, "compared": compared, "runs": runs})
     if not compared["equal_logits"]:
         sys.exit("other scores than those of quantizing at load")
+
+
+@app.command()
+def grammar(words: int = 150_000, rounds: int = 2) -> None:
+    """Libraries of token masks: compiling a schema, filling the masks of 32 rows, memory."""
+    from jobs.labelbench import grammars
+
+    runs = [
+        _in_own_process("run-grammar", library=name, words=words)
+        for _ in range(rounds)
+        for name in grammars.installed()
+    ]
+    _print({"benchmark": "grammar", "runs": runs})
+
+
+@app.command("run-grammar", hidden=True)
+def run_grammar(library: str = "llguidance", words: int = 150_000) -> None:
+    """Measure one library in this process and print its figures."""
+    from jobs.labelbench import grammars, vocabulary
+
+    tokenizer = vocabulary.make(words)
+    found = grammars.measure(library, tokenizer, words)
+    print(json.dumps({"library": library, "words": words} | found))
 
 
 @app.command("write-models", hidden=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
-from quantbatch import rows, sizing, storage
+from quantbatch import rows, sizing, storage, tasks
 from quantbatch.errors import DoesNotFit, InputError, JobError, Refused, SpecError
 from quantbatch.input import keys, listing
 from quantbatch.ledger import Ledger
@@ -434,6 +434,7 @@ def is_text(kind: pa.DataType) -> bool:
 def _check_columns(spec: JobSpec, plan: Plan, checkpoint: Checkpoint) -> None:
     rendering.check_prompt(spec.prompt, plan.schema.names, checkpoint.chat_template)
     check_task_columns(spec, plan.schema)
+    tasks.check(spec, plan.schema.names)
     if spec.input.key and spec.input.key not in plan.schema.names:
         raise SpecError(
             JobError(

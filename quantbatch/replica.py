@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from quantbatch import rows as row_layout
+from quantbatch import tasks
 from quantbatch.engine import echo
 from quantbatch.errors import JobError
 from quantbatch.model.checkpoint import find_checkpoint
@@ -192,7 +193,11 @@ class Replica:
             )
             if prompt is not None and not error.is_valid
             for request in requests_of(
-                RequestId(chunk, row), row_id, tuple(prompt), ask, self._sampling(ask)
+                RequestId(chunk, row),
+                row_id,
+                tuple(prompt),
+                dataclasses.replace(ask, want=tasks.want(self._spec, ask)),
+                self._sampling(ask),
             )
         ]
 

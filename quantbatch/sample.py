@@ -82,6 +82,7 @@ def check(spec: JobSpec, rows_wanted: int) -> tuple[Checkpoint, Head]:
     preflight.check_task_columns(spec, head.table.schema)
     spec = preflight.with_dimensions(spec, checkpoint)
     preflight.check_labels(spec, checkpoint, limit)
+    tasks.check(spec, head.table.schema.names)
     kept = rows.kept_columns(spec.output, head.table.schema, listed.partition_keys)
     rows.output_schema(spec, kept, head.table.schema)
     return checkpoint, head
@@ -145,8 +146,11 @@ def sample(spec: JobSpec, count: int) -> list[Sampled]:
         too_long=spec.engine.too_long,
     )
     prompts = renderer.render(head.table)
-    errors = {**prompts.errors, **head.errors}
-    asks = [read_ask(text) for text in (prompts.asks or pa.nulls(len(head.row_ids))).to_pylist()]
+    asked = tasks.asked(spec, head.table)
+    errors = {**asked.errors, **prompts.errors, **head.errors}
+    own = asked.asks if prompts.asks is None else prompts.asks
+    texts = [None] * head.table.num_rows if own is None else own.to_pylist()
+    asks = [read_ask(text) for text in texts]
     found = []
     for index, (row_id, ids) in enumerate(
         zip(head.row_ids, prompts.token_ids.to_pylist(), strict=True)
@@ -192,7 +196,8 @@ def answer(
 
 def _requests(spec: JobSpec, index: int, row: Sampled) -> Iterator[Request]:
     sampling = sampling_of(spec.sampling, row.ask)
-    found = requests_of(RequestId(0, index), row.row_id, row.prompt_ids, row.ask, sampling)
+    ask = replace(row.ask, want=tasks.want(spec, row.ask))
+    found = requests_of(RequestId(0, index), row.row_id, row.prompt_ids, ask, sampling)
     return itertools.islice(found, 1 if isinstance(spec.task, Generate) else None)
 
 

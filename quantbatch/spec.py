@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from quantbatch import structured
 from quantbatch.batchfile import specs
 from quantbatch.model import cards
 
@@ -230,10 +231,49 @@ class Prompt(Section):
         return self
 
 
+class Response(Section):
+    """The form of the answer: no token that does not fit is ever chosen, and the text is checked
+    again when it is done. Exactly one of the five.
+    """
+
+    json_schema: dict[str, Any] | str | None = None
+    """A JSON schema, as a mapping or as JSON. Say `additionalProperties: false`, `maxLength` and
+    `maxItems`, or a model may go on until max_new_tokens."""
+    schema_column: str | None = None
+    """A column that holds each row's own JSON schema, as JSON."""
+    regex: str | None = None
+    """A regular expression that the whole answer matches: that of Rust, without look-around and
+    back references."""
+    choices: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    """The answers that there are."""
+    grammar: str | None = None
+    """A context-free grammar in the variant of Lark that llguidance reads."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        names = ("json_schema", "schema_column", "regex", "choices", "grammar")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"give exactly one of {', '.join(names)}, not {found}")
+        if self.choices is not None and len(set(self.choices)) < len(self.choices):
+            raise ValueError("choices: one comes twice")
+        return self
+
+    @field_validator("json_schema")
+    @classmethod
+    def _schema_as_text(cls, value: dict[str, Any] | str | None) -> str | None:
+        # As text, the order of properties, which answers keep, is part of the fingerprint.
+        return None if value is None else structured.schema_text(value)
+
+
 class Generate(Section):
-    """Free text: the completion as it comes."""
+    """Text: the completion as it comes, or of the form that `response` gives."""
 
     kind: Literal["generate"] = "generate"
+    response: Response | None = None
+    """The form of the answer; null leaves it free. An answer that is cut off has the status
+    `truncated`, one that has another form all the same `invalid`, with the reason."""
 
 
 class BatchRequests(Section):
@@ -420,9 +460,9 @@ TokenKey = Annotated[int, Field(ge=0, strict=False)]
 
 class Sampling(Section):
     """How tokens are chosen. Every field counts: a model's generation_config.json changes none of
-    them. What changes scores comes in this order: logit_bias; repetition_penalty;
-    presence_penalty and frequency_penalty; bad_words; min_new_tokens; then, above temperature 0,
-    temperature, top_k, top_p, min_p, and the draw by the row's seed.
+    them. What changes scores comes in this order: what `task.response` does not allow; logit_bias;
+    repetition_penalty; presence_penalty and frequency_penalty; bad_words; min_new_tokens; then,
+    above temperature 0, temperature, top_k, top_p, min_p, and the draw by the row's seed.
     """
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
@@ -656,6 +696,10 @@ class Output(Section):
     for input that has columns of those names."""
     compression: Literal["zstd", "snappy", "none"] = "zstd"
     """Compression of the Parquet files; zstd is about a third smaller than snappy on text."""
+    explode: bool = False
+    """Give each field of a flat `task.response.json_schema` a column of its own: text, integer,
+    number, boolean, an enum of those, or a list of one of them. Null where there is no valid
+    answer."""
     rows_per_part: Annotated[int, Field(ge=1)] = 100_000
     """Most rows of one output file. At 1 kB of text a row that is about 30 MB on disk."""
     storage: Storage = Storage()

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from typing_extensions import override
 
-from quantbatch import rows
+from quantbatch import rows, tasks
 from quantbatch.errors import InputError, JobError, RowError, Stopped, StorageError
 from quantbatch.input import listing, sources
 from quantbatch.ledger import commit_chunk
@@ -87,8 +87,10 @@ def read_and_render(item: pa.Table, *, job: ReadJob) -> pa.Table:
     if key:
         # A row that can't be read has no key; its place is still its own.
         ids = pc.coalesce(table[key].cast(pa.string()), ids)
-    errors = {**prompts.errors, **errors}
-    found = rows.rendered(table.select(job.kept), ids, prompts.token_ids, errors, prompts.asks)
+    asked = tasks.asked(job.spec, table)
+    errors = {**asked.errors, **prompts.errors, **errors}
+    asks = asked.asks if prompts.asks is None else prompts.asks
+    found = rows.rendered(table.select(job.kept), ids, prompts.token_ids, errors, asks)
     facts = rows.ChunkFacts(chunk.shard, table.num_rows, unreadable=unreadable, again=chunk.again)
     return pack(chunk.id, rows.with_facts(found, facts))
 

@@ -6,7 +6,8 @@ because the code that writes it did.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -73,9 +74,55 @@ def _of_completions(spec: JobSpec) -> dict[str, pa.DataType]:
         types |= {"token_ids": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32())}
     if asked:
         types |= {"top_logprobs": pa.list_(_TOP)}
+    types |= {name: _of_property(found, _schema(spec)) for name, found in _properties(spec).items()}
     if spec.sampling.n > 1:
         types = {name: pa.list_(kind) for name, kind in types.items()}
     return types
+
+
+def _schema(spec: JobSpec) -> Any:  # noqa: ANN401 - any JSON
+    """Return the schema whose properties are columns; one without any, if none are."""
+    response = spec.task.response if isinstance(spec.task, Generate) else None
+    if not spec.output.explode or response is None or response.json_schema is None:
+        return {}
+    found = response.json_schema
+    return json.loads(found) if isinstance(found, str) else found
+
+
+def _properties(spec: JobSpec) -> dict[str, Any]:
+    whole = _schema(spec)
+    while "$ref" in whole:
+        whole = _named(whole["$ref"], _schema(spec))
+    found: dict[str, Any] = whole.get("properties", {})
+    return found
+
+
+def _named(reference: str, root: Any) -> Any:  # noqa: ANN401 - a part of a schema
+    for name in reference.split("/")[1:]:
+        root = root[name]
+    return root
+
+
+def _of_property(found: Any, root: Any) -> pa.DataType:  # noqa: ANN401 - a part of a schema
+    if "$ref" in found:
+        return _of_property(_named(found["$ref"], root), root)
+    for key in ("anyOf", "oneOf", "allOf"):
+        if key in found:
+            [one] = [each for each in found[key] if each != {"type": "null"}]
+            return _of_property(one, root)
+    values = found.get("enum", [found["const"]] if "const" in found else [])
+    example = next((each for each in values if each is not None), None)
+    if isinstance(example, int | float) and not isinstance(example, bool):
+        whole = all(isinstance(each, int | None) for each in values)
+        return pa.int64() if whole else pa.float64()
+    if example is not None:
+        return pa.bool_() if isinstance(example, bool) else pa.string()
+    kinds = found["type"] if isinstance(found["type"], list) else [found["type"]]
+    [kind] = [each for each in kinds if each != "null"]
+    if kind == "array":
+        return pa.list_(_of_property(found["items"], root))
+    scalars = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64()}
+    return scalars.get(kind, pa.bool_())
 
 
 def odd_rows(spec: JobSpec, ours: Columns) -> dict[str, pa.Array]:
@@ -109,9 +156,24 @@ def odd_rows(spec: JobSpec, ours: Columns) -> dict[str, pa.Array]:
 def _odd_completions(spec: JobSpec, ours: Columns) -> dict[str, pa.Array]:
     samples = spec.sampling.n
     if samples == 1:
-        return {}
+        return _odd_properties(spec, ours)
     wrong = pc.not_equal(pc.list_value_length(ours["completion"]), samples)
     return {f"rows without their {samples} answers": wrong}
+
+
+def _odd_properties(spec: JobSpec, ours: Columns) -> dict[str, pa.Array]:
+    """Return which rows have other columns than the JSON of their answer says."""
+    names = [name for name in _properties(spec) if name in ours]
+    if not names:
+        return {}
+    said = ours["completion"].to_pylist()
+    status = ours["status"].to_pylist()
+    cells = zip(*(ours[name].to_pylist() for name in names), strict=True)
+    odd = []
+    for text, state, row in zip(said, status, cells, strict=True):
+        answer = json.loads(text) if state == Status.OK else {}
+        odd.append(list(row) != [answer.get(name) for name in names])
+    return {"rows whose columns are not what their answer says": pa.array(odd)}
 
 
 def _odd_labels(task: Classify, ours: Columns, invalid: pa.Array) -> dict[str, pa.Array]:

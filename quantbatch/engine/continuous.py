@@ -9,6 +9,7 @@ takes its place in the next step, from whatever chunk it comes. The parts:
     forward.py     the model's own forward over the packed tokens
     attention.py   how its attention comes to our cache: slots.py on CPUs, paged.py on cards
     sampling.py    the next token of each row, by its own settings
+    grammar.py     which tokens may be next in an answer that has a form
     reading.py     what rows get that only read: log-likelihoods, hidden states
     backoff.py     smaller steps when memory runs out
     probe.py       whether a model can run like this at all
@@ -33,6 +34,7 @@ from quantbatch.engine.backoff import Backoff
 from quantbatch.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
 from quantbatch.engine.ends import Endings
 from quantbatch.engine.forward import Forward
+from quantbatch.engine.grammar import NO_TOKEN, Grammars
 from quantbatch.engine.graphs import RecordedSteps
 from quantbatch.engine.kvstore import send
 from quantbatch.engine.limits import ModelLimits
@@ -178,6 +180,12 @@ class ContinuousEngine:
         """The newest token of each place, for steps that are launched before it is read."""
         self._recorded = self._make_recorded()
         self._sampler = Sampler(slots=limits.rows, endings=self._endings, device=self._device)
+        self._grammars = Grammars(
+            tokenizer,
+            self._endings,
+            vocabulary=self._model_limits.vocabulary,
+            device=self._device,
+        )
         self._backoff = Backoff(Limits(limits.rows, limits.step_tokens))
         self.telemetry = Telemetry(time.perf_counter())
         self._ready: list[Answer] = []
@@ -242,7 +250,7 @@ class ContinuousEngine:
 
     def _problem(self, request: Request) -> str:
         """Say why a request can't be run; else nothing."""
-        problem = self._model_limits.problem(request)
+        problem = self._model_limits.problem(request) or self._grammars.problem(request)
         if problem:
             return problem
         prompt, new = len(request.prompt_ids), self._model_limits.new_tokens(request)
@@ -282,7 +290,7 @@ class ContinuousEngine:
         """Tell whether the next step may be launched before this one's tokens are read."""
         flying = self._flying
         return self._overlaps and not (
-            flying and any(r.request.sampling.bad_words for r in flying.rows)
+            flying and any(r.request.sampling.bad_words or r.matcher for r in flying.rows)
         )
 
     def _launch(self) -> _Launched | None:
@@ -311,6 +319,9 @@ class ContinuousEngine:
     def _run(self, pieces: Sequence[Piece]) -> _Launched:
         with torch.inference_mode():
             self._enter(pieces)
+            rows = [piece.row for piece in pieces if piece.samples]
+            # Computed while the forward runs: the rows' tokens so far have been read.
+            masks = self._grammars.fill([row.matcher for row in rows])
             began = time.perf_counter()
             scores_BV, reading = self._compute(pieces)
             self.telemetry.totals.forward_s += time.perf_counter() - began
@@ -318,10 +329,9 @@ class ContinuousEngine:
                 self._forward.store.forget(self._pool.forgotten.pop())
             for row, index in self._scheduler.keepable(pieces):
                 self._forward.store.keep(row.slot, index, row.blocks[index])
-            rows = [piece.row for piece in pieces if piece.samples]
             # `generated` counts the token that is chosen now.
             counts = [row.generated - 1 for row in rows]
-            chosen = self._sampler.choose(scores_BV[: len(rows)], rows, counts)
+            chosen = self._sampler.choose(scores_BV[: len(rows)], rows, counts, masks)
             if self._overlaps:
                 self._last_tokens_S.index_copy_(
                     0, send([row.slot for row in rows], self._device), chosen.tokens_B
@@ -349,6 +359,7 @@ class ContinuousEngine:
                 self._readings.start(row)
             else:
                 self._sampler.start(row, self._model_limits.vocabulary)
+                row.matcher = row.matcher or self._grammars.matcher(row.request)
         if admitted and self._overlaps:
             slots = send([row.slot for row in admitted], self._device)
             newest = send([row.tokens[-1] for row in admitted], self._device)
@@ -401,7 +412,7 @@ class ContinuousEngine:
                 self.telemetry.totals.decode_tokens -= 1
                 continue
             row.tokens.append(token)
-            ending = self._answer(row, token) if is_sound else _failure(row, NOT_FINITE)
+            ending = self._answer(row, token) if is_sound else _no_choice(row)
             if ending is not None:
                 self._end(row, ending)
 
@@ -414,6 +425,8 @@ class ContinuousEngine:
 
     def _answer(self, row: Row, token: int) -> Answer | None:
         """Return a row's answer if this token ends it."""
+        if row.matcher and (wrong := row.matcher.accept(token)):
+            return Failure(row.request.id, "grammar", wrong)
         try:
             if not self._is_done(row, token):
                 return None
@@ -472,6 +485,13 @@ class ContinuousEngine:
     def close(self) -> None:
         """Give the model its own attention back."""
         self._forward.model.set_attn_implementation(self._own_attention)
+
+
+def _no_choice(row: Row) -> Failure:
+    """Say why no token could be chosen."""
+    if row.matcher is None:
+        return _failure(row, NOT_FINITE)
+    return Failure(row.request.id, "grammar", NO_TOKEN)
 
 
 def _failure(row: Row, message: str) -> Failure:

@@ -35,11 +35,12 @@ class Endings:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._model_end_ids = _end_ids(model, tokenizer)
+        self.model_end_ids = _end_ids(model, tokenizer)
+        """The tokens that end any answer."""
         pad_ids = (model.generation_config.pad_token_id, tokenizer.pad_token_id)
         # What stands in padding does not matter: it is masked, and cut off answers.
         self.pad_id: int = next(
-            (t for t in (*pad_ids, *sorted(self._model_end_ids)) if isinstance(t, int)), 0
+            (t for t in (*pad_ids, *sorted(self.model_end_ids)) if isinstance(t, int)), 0
         )
         added = tokenizer.added_tokens_decoder.items()
         self._hidden = {token.content: number for number, token in added if token.special}
@@ -54,7 +55,7 @@ class Endings:
         key = (tuple(sampling.stop), tuple(sampling.stop_token_ids))
         if key not in self._by_stops:
             hidden = {self._hidden[stop] for stop in sampling.stop if stop in self._hidden}
-            self._by_stops[key] = self._model_end_ids | hidden | set(sampling.stop_token_ids)
+            self._by_stops[key] = self.model_end_ids | hidden | set(sampling.stop_token_ids)
         return self._by_stops[key]
 
     def bad_word_ids(self, sampling: Sampling) -> tuple[tuple[int, ...], ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from quantbatch.wants import Embed, Rank, Score, Write
 
 if TYPE_CHECKING:
+    from quantbatch.engine.grammar import Matcher
     from quantbatch.engine.trees import Group, Tree
     from quantbatch.records import Request, TokenLogprobs
 
@@ -50,6 +51,8 @@ class Row:
     """Its candidates, if it ranks any."""
     next_group: int = 0
     """The group of its tree that is computed next."""
+    matcher: Matcher | None = None
+    """What its answer may go on with, if that has a form; made when it first runs."""
     done: bool = False
 
     @property

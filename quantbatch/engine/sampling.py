@@ -1,7 +1,7 @@
 """Choosing the next token of many rows at once, each by its own settings.
 
 What happens to a row's scores, in this order, is what `spec.Sampling` says and what the static
-engine does with transformers' processors: bias, repetition penalty, presence and frequency
+engine does with transformers' processors: grammar, bias, repetition penalty, presence and frequency
 penalties, forbidden words, minimum length; and for rows with a temperature: temperature, top_k,
 top_p, min_p, and the draw with the row's own noise. Rows without a setting go through its step with
 a value that changes nothing; a step that no row needs is left out. Greedy rows, the most of them in
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantbatch.engine.ends import Endings
+    from quantbatch.engine.grammar import Masks
     from quantbatch.engine.pieces import Row
     from quantbatch.spec import Sampling
 
@@ -37,7 +38,7 @@ class Chosen(NamedTuple):
 
     tokens_B: Tensor
     sound_B: Tensor
-    """False where the scores are no numbers."""
+    """False where the scores are no numbers, or no token has a chance."""
     logprobs: Logprobs | None
 
 
@@ -109,21 +110,31 @@ class Sampler:
             ones = torch.ones(len(said), dtype=torch.int32, device=self._device)
             self._counts_SV[row.slot].index_add_(0, self._send(said), ones)
 
-    def choose(self, logits_BV: Tensor, rows: Sequence[Row], generated: Sequence[int]) -> Chosen:
+    def choose(
+        self,
+        logits_BV: Tensor,
+        rows: Sequence[Row],
+        generated: Sequence[int],
+        masks: Masks | None = None,
+    ) -> Chosen:
         """Choose the next token of each row.
 
         Args:
             logits_BV: The model's scores.
             rows: The rows.
             generated: Tokens that each has generated before this one.
+            masks: What the grammars of rows allow, if any has one.
         """
         best = logits_BV.max(-1)
         sound_B = best.values < torch.inf  # false for nan, too
+        scores_BV = masks.apply(logits_BV) if masks else logits_BV
         if all(row.request.sampling.is_plain for row in rows):
-            return Chosen(best.indices, sound_B, None)
+            best = scores_BV.max(-1) if masks else best
+            return Chosen(best.indices, sound_B & (best.values > -torch.inf), None)
         settings = self._settings_of(rows)
-        scores_BV = self._adjusted(logits_BV.float(), rows, generated, settings)
-        tokens_B = scores_BV.argmax(-1)
+        scores_BV = self._adjusted(scores_BV.float(), rows, generated, settings)
+        best = scores_BV.max(-1)
+        tokens_B, sound_B = best.indices, sound_B & (best.values > -torch.inf)
         if settings.drawn:
             warped_RV = _warped(scores_BV[settings.drawn_R], settings)
             steps = self._send([generated[i] for i in settings.drawn])

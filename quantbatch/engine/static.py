@@ -30,6 +30,7 @@ from typing_extensions import override
 
 from quantbatch.engine import alone
 from quantbatch.engine.ends import Endings
+from quantbatch.engine.grammar import Grammars, unfollowed
 from quantbatch.engine.limits import ModelLimits
 from quantbatch.engine.noise import gumbel_noise
 from quantbatch.records import Failure, TokenLogprobs
@@ -70,6 +71,12 @@ class StaticEngine:
         self._endings = Endings(model, tokenizer)
         self._batch_size = batch_size
         self._limits = ModelLimits.of(model)
+        self._grammars = Grammars(
+            tokenizer,
+            self._endings,
+            vocabulary=self._limits.vocabulary,
+            device=model.device,
+        )
         self._queues: dict[tuple[int, str], list[Request]] = {}
         self._refused: list[Failure] = []
         self._reading: deque[Request] = deque()
@@ -79,7 +86,7 @@ class StaticEngine:
     def add(self, requests: Iterable[Request]) -> None:
         """See `Engine`."""
         for request in requests:
-            if problem := self._limits.problem(request):
+            if problem := self._limits.problem(request) or self._grammars.problem(request):
                 self._refused.append(Failure(request.id, "bad_request", problem))
                 continue
             if not isinstance(request.want, Write):
@@ -124,28 +131,34 @@ class StaticEngine:
             del self._queues[key]
         return group
 
-    def _answer(self, group: Sequence[Request]) -> list[Completion]:
+    def _answer(self, group: Sequence[Request]) -> list[Answer]:
         sampling = group[0].sampling
         prompts = _left_padded(group, self._endings.pad_id, self._model.device)
         health, logprobs = _Health(), _Logprobs(sampling.logprobs or 0, prompts.tokens)
         watchers = [health] if sampling.logprobs is None else [health, logprobs]
         stop_strings = _StopStrings(self._endings, sampling, prompts.tokens)
         model: Any = self._model
+        forms = [_Forms(self._grammars, group, prompts.tokens)] if _have_forms(group) else []
+        choosers = _choosers(group, prompts, self._endings)
         with torch.inference_mode():
             answers_BT = model.generate(
                 input_ids=prompts.ids_BT,
                 attention_mask=prompts.mask_BT,
                 generation_config=self._generation_config(group[0]),
-                logits_processor=[*watchers, *_choosers(group, prompts, self._endings)],
+                logits_processor=[*watchers, *forms, *choosers],
                 stopping_criteria=[stop_strings] if sampling.stop else [],
             )
         health.check(group)
         answers = answers_BT[:, prompts.tokens :].tolist()
         found = [None] * len(group) if sampling.logprobs is None else logprobs.by_row(answers_BT)
         return [
-            self._endings.completion(request, answer, noted)
+            self._followed(request, self._endings.completion(request, answer, noted))
             for request, answer, noted in zip(group, answers, found, strict=True)
         ]
+
+    def _followed(self, request: Request, completion: Completion) -> Answer:
+        wrong = unfollowed(self._grammars, request, completion.token_ids)
+        return Failure(request.id, "grammar", wrong) if wrong else completion
 
     def _generation_config(self, request: Request) -> Any:  # noqa: ANN401
         """Return a config in which everything that changes an answer is set.
@@ -250,6 +263,33 @@ def _samplers(group: Sequence[Request], prompts: _Prompts) -> Iterable[LogitsPro
         yield hf.MinPLogitsWarper(float(sampling.min_p))
     seeds_B = torch.tensor([request.seed for request in group], device=prompts.ids_BT.device)
     yield _Draw(seeds_B, prompts.tokens)
+
+
+def _have_forms(group: Sequence[Request]) -> bool:
+    return any(isinstance(r.want, Write) and r.want.grammar is not None for r in group)
+
+
+class _Forms(LogitsProcessor):
+    """Strikes out what the grammar of a row does not allow.
+
+    A row whose answer has ended is left alone, and one that left its grammar: that comes out when
+    its tokens are looked at again.
+    """
+
+    def __init__(self, grammars: Grammars, group: Sequence[Request], prompt_tokens: int) -> None:
+        self._grammars = grammars
+        self._matchers = [grammars.matcher(request) for request in group]
+        self._prompt_tokens = prompt_tokens
+
+    @override
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] > self._prompt_tokens:
+            for row, token in enumerate(input_ids[:, -1].tolist()):
+                matcher = self._matchers[row]
+                if matcher and (token in matcher.end_ids or matcher.accept(token)):
+                    self._matchers[row] = None
+        masks = self._grammars.fill(self._matchers)
+        return masks.apply(scores) if masks else scores
 
 
 class _Bias(LogitsProcessor):

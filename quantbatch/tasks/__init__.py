@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from quantbatch.records import Failure, Status
 from quantbatch.spec import BatchRequests, Classify, Embed, Generate, Score
-from quantbatch.tasks import classify, embed, generate, requests, score
+from quantbatch.tasks import classify, embed, formed, generate, requests, score
+from quantbatch.tasks.formed import Asked
+from quantbatch.wants import Write
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     import pyarrow as pa
 
     from quantbatch.records import Answer
     from quantbatch.spec import JobSpec
-    from quantbatch.wants import Ask
+    from quantbatch.tasks.formed import Asked
+    from quantbatch.wants import Ask, Want
 
 
 class Result(NamedTuple):
@@ -30,11 +33,37 @@ class Result(NamedTuple):
     """Why it has no answer, or an invalid one."""
 
 
+def check(spec: JobSpec, columns: Collection[str]) -> None:
+    """Refuse a task that can't be done, before the job starts.
+
+    Args:
+        spec: The job.
+        columns: Names of the input's columns.
+
+    Raises:
+        SpecError: With the field and the reason.
+    """
+    if isinstance(spec.task, Generate):
+        formed.check(spec, spec.task, columns)
+
+
+def asked(spec: JobSpec, table: pa.Table) -> Asked:
+    """Return what rows of the input ask for beyond the job's own settings."""
+    return formed.asked(spec.task, table) if isinstance(spec.task, Generate) else Asked()
+
+
+def want(spec: JobSpec, ask: Ask) -> Want:
+    """Return what a row wants from an engine."""
+    if isinstance(spec.task, Generate) and isinstance(ask.want, Write):
+        return formed.want(spec.task, ask)
+    return ask.want
+
+
 def fields(spec: JobSpec) -> list[pa.Field]:
     """Return the columns that a job's task adds to a row."""
     match spec.task:
         case Generate():
-            return generate.fields(spec.sampling)
+            return generate.fields(spec)
         case BatchRequests():
             return requests.fields()
         case Classify() as task:
@@ -60,7 +89,7 @@ def result(spec: JobSpec, ask: Ask, answers: Sequence[Answer]) -> Result:
     if isinstance(spec.task, Generate):
         samples = ask.sampling.get("n", spec.sampling.n)
         assert len(answers) == samples, "a row lacks samples"
-        return Result(generate.status(answers), generate.failure(answers))
+        return _of_text(spec, ask, answers)
     failed = next((answer for answer in answers if isinstance(answer, Failure)), None)
     if failed:
         return Result(Status.ERROR, failed)
@@ -72,6 +101,14 @@ def result(spec: JobSpec, ask: Ask, answers: Sequence[Answer]) -> Result:
         case Embed() as task:
             overflow = embed.failure(task, answers[0])
             return Result(Status.ERROR if overflow else Status.OK, overflow)
+
+
+def _of_text(spec: JobSpec, ask: Ask, answers: Sequence[Answer]) -> Result:
+    status = generate.status(answers)
+    if status is Status.ERROR:
+        return Result(status, generate.failure(answers))
+    fault = generate.fault(spec, ask, answers)
+    return Result(Status.INVALID, fault) if fault else Result(status)
 
 
 def columns(
@@ -87,7 +124,7 @@ def columns(
     if isinstance(spec.task, BatchRequests):
         return requests.columns(spec, asks, answers)
     if isinstance(spec.task, Generate):
-        return generate.columns(answers, spec.sampling)
+        return generate.columns(spec, asks, answers)
     results = [result(spec, *each) for each in zip(asks, answers, strict=True)]
     sound = [
         [] if each.status is Status.ERROR else found

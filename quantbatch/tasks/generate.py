@@ -1,4 +1,4 @@
-"""Free text: each row's completion as it comes, or several of them.
+"""Text: each row's completion as it comes, or several of them.
 
 Where a row has several samples (`sampling.n`), each column holds a list with one item for each of
 them. A row one of whose samples failed has no answer: a reader who counts on n answers finds n.
@@ -11,19 +11,32 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from quantbatch.records import Completion, Failure, FinishReason, Status
+from quantbatch.tasks import formed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quantbatch.records import Answer
-    from quantbatch.spec import Sampling
+    from quantbatch.spec import JobSpec
+    from quantbatch.wants import Ask
 
 _TOP = pa.list_(pa.struct([("token_id", pa.int32()), ("logprob", pa.float32())]))
 """The likeliest tokens in the place of one."""
 
 
-def fields(sampling: Sampling) -> list[pa.Field]:
+OWN_COLUMNS = frozenset(
+    {
+        *("row_id", "status", "error_type", "error_message", "prompt_tokens", "attempt"),
+        *("completion", "finish_reason", "completion_tokens"),
+        *("token_ids", "logprobs", "top_logprobs"),
+    }
+)
+"""Columns that a job may add beside the properties of a schema."""
+
+
+def fields(spec: JobSpec) -> list[pa.Field]:
     """Return the columns that the task adds to a row."""
+    sampling = spec.sampling
     types = {
         "completion": pa.string(),
         "finish_reason": pa.string(),
@@ -33,6 +46,7 @@ def fields(sampling: Sampling) -> list[pa.Field]:
         types |= {"token_ids": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32())}
     if sampling.logprobs:
         types["top_logprobs"] = pa.list_(_TOP)
+    types |= {field.name: field.type for field in formed.exploded(spec)}
     several = sampling.n > 1
     return [pa.field(name, pa.list_(kind) if several else kind) for name, kind in types.items()]
 
@@ -51,25 +65,42 @@ def status(samples: Sequence[Answer]) -> Status:
 def failure(samples: Sequence[Answer]) -> Failure | None:
     """Return why a row has no answer; of several samples, which one has none."""
     failed = [each for each in samples if isinstance(each, Failure)]
-    if not failed or len(samples) == 1:
+    return _first(failed, len(samples))
+
+
+def fault(spec: JobSpec, ask: Ask, samples: Sequence[Answer]) -> Failure | None:
+    """Return why a row's answer is not of the form that was asked for; of several, which one."""
+    found = [formed.verdict(spec, ask, sample).failure for sample in samples]
+    return _first([each for each in found if each], len(samples))
+
+
+def _first(failed: Sequence[Failure], samples: int) -> Failure | None:
+    if not failed or samples == 1:
         return failed[0] if failed else None
     first, others = failed[0], len(failed) - 1
-    which = f"sample {first.id.sample} of {len(samples)}"
+    which = f"sample {first.id.sample} of {samples}"
     more = f" (and {others} more)" if others else ""
     return Failure(first.id, first.kind, f"{which}{more}: {first.message}")
 
 
-def columns(answers: Sequence[Sequence[Answer]], sampling: Sampling) -> list[pa.Array]:
+def columns(
+    spec: JobSpec, asks: Sequence[Ask], answers: Sequence[Sequence[Answer]]
+) -> list[pa.Array]:
     """Turn the answers of a chunk into the task's columns, in the order of `fields`.
 
     Args:
+        spec: The job.
+        asks: What each row asked for.
         answers: The samples of each row, in their order; none for a row without an answer.
-        sampling: The job's.
     """
-    done = [_completions(samples) for samples in answers]
+    done = [
+        [_values(spec, ask, sample) for sample in _completions(samples)]
+        for ask, samples in zip(asks, answers, strict=True)
+    ]
+    several = spec.sampling.n > 1
     return [
-        pa.array([_cell(field.name, row, sampling) for row in done], field.type)
-        for field in fields(sampling)
+        pa.array([_cell(field.name, row, several=several) for row in done], field.type)
+        for field in fields(spec)
     ]
 
 
@@ -79,28 +110,24 @@ def _completions(samples: Sequence[Answer]) -> list[Completion]:
     return done if len(done) == len(samples) else []
 
 
-def _cell(name: str, samples: Sequence[Completion], sampling: Sampling) -> Any:  # noqa: ANN401 - of any column
+def _cell(name: str, samples: Sequence[dict[str, Any]], *, several: bool) -> Any:  # noqa: ANN401 - of any column
     if not samples:
         return None
-    values = [_value(name, sample) for sample in samples]
-    return values if sampling.n > 1 else values[0]
+    values = [sample.get(name) for sample in samples]
+    return values if several else values[0]
 
 
-def _value(name: str, sample: Completion) -> Any:  # noqa: ANN401 - of any column
-    match name:
-        case "completion":
-            return sample.text
-        case "finish_reason":
-            return sample.finish_reason.value
-        case "completion_tokens":
-            return len(sample.token_ids)
-        case "token_ids":
-            return sample.token_ids
-        case _ if sample.logprobs is None:
-            return None  # an engine without a model has none
-        case "logprobs":
-            return [token.logprob for token in sample.logprobs]
-        case "top_logprobs":
-            return [token.top for token in sample.logprobs]
-        case _:
-            raise AssertionError(name)
+def _values(spec: JobSpec, ask: Ask, sample: Completion) -> dict[str, Any]:
+    """Return a sample's value in each column; absent where it has none."""
+    values: dict[str, Any] = {
+        "completion": sample.text,
+        "finish_reason": sample.finish_reason.value,
+        "completion_tokens": len(sample.token_ids),
+        "token_ids": sample.token_ids,
+    }
+    if sample.logprobs is not None:  # an engine without a model has none
+        values["logprobs"] = [token.logprob for token in sample.logprobs]
+        values["top_logprobs"] = [token.top for token in sample.logprobs]
+    if spec.output.explode:
+        values |= formed.verdict(spec, ask, sample).values or {}
+    return values

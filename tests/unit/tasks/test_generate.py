@@ -68,7 +68,7 @@ def job(chosen: Sampling) -> JobSpec:
 
 
 def columns_of(chosen: Sampling) -> dict[str, str]:
-    return {field.name: str(field.type) for field in generate.fields(chosen)}
+    return {field.name: str(field.type) for field in generate.fields(job(chosen))}
 
 
 TOP = "list<item: struct<token_id: int32, logprob: float>>"

@@ -1,0 +1,1 @@
+"""Measurements of labeling: token masks, and structured answers against free ones."""
