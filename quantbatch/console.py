@@ -172,6 +172,8 @@ def unreadable_lines(files: Mapping[str, str]) -> list[tuple[str, str]]:
 def _figures(report: RunReport) -> list[tuple[str, str]]:
     run = report.run
     rows = [("speed", f"{run.rows_per_s:,.1f} rows/s, {run.tokens_per_s:,.1f} tokens/s")]
+    if "from_cache" in run.engine:
+        rows.append(("cached", f"{several(round(run.engine['from_cache']), 'answer')} taken"))
     if run.planned_bytes:
         memory = f"{size(run.planned_bytes)} planned, {size(run.peak_bytes)} measured"
         rows.append(("peak memory", f"{memory} ({several(len(run.replicas), 'replica')})"))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import ray.data
 
 from quantbatch import cluster, stages
+from quantbatch.answers import packs
 from quantbatch.errors import Stopped, StorageError, in_the_end
 from quantbatch.ledger import publish_shard
 from quantbatch.preflight import Job, prepare, require_fit
@@ -77,6 +78,8 @@ def run(spec: JobSpec, *, extend: bool = False, progress: Progress | None = None
         for receipt in held.enter_context(contextlib.closing(found)):
             publisher.publish(*job.ledger.record(receipt))
             progress.committed(receipt, figures)
+    if job.answers:
+        packs.tidy(job.answers)
     return _report(job, figures)
 
 

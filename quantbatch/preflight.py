@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 
 from quantbatch import rows, sizing, storage, tasks
+from quantbatch.answers.cache import Space
 from quantbatch.errors import DoesNotFit, InputError, JobError, Refused, SpecError
 from quantbatch.input import keys, listing
 from quantbatch.ledger import Ledger
@@ -85,7 +86,13 @@ class Job:
     def replica_job(self, device: str) -> ReplicaJob:
         """What the replicas need to know."""
         max_tokens = self.max_input_tokens + self.spec.answer_tokens
-        return ReplicaJob(self.spec, device, max_tokens, os.getcwd())  # noqa: PTH109
+        folder = os.getcwd()  # noqa: PTH109
+        return ReplicaJob(self.spec, device, max_tokens, folder, answers=self.answers)
+
+    @property
+    def answers(self) -> Space | None:
+        """Where the job keeps answers for later ones; None if it does not."""
+        return Space.of(self.spec, self.checkpoint.digest)
 
 
 def prepare(spec: JobSpec, *, extend: bool = False) -> Job:
@@ -252,6 +259,8 @@ def _listing(spec: JobSpec, ledger: Ledger) -> Listing:
 
 def check_places(spec: JobSpec) -> None:
     """Refuse an output among the input, an input among the output, and a cache nowhere."""
+    if spec.answers_cache:
+        storage.open_store(spec.answers_cache.uri, spec.answers_cache.storage)
     if spec.model.cache:
         storage.open_store(spec.model.cache, spec.model.cache_storage)
     uris = [spec.input.uri] if isinstance(spec.input.uri, str) else spec.input.uri

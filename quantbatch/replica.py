@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from quantbatch import rows as row_layout
 from quantbatch import tasks
+from quantbatch.answers.cache import AnswerCache
+from quantbatch.answers.keys import Keys
 from quantbatch.engine import echo
 from quantbatch.errors import JobError
 from quantbatch.model.checkpoint import find_checkpoint
@@ -22,6 +24,7 @@ from quantbatch.prompts.rendering import sample_seed
 from quantbatch.prompts.tokens import tokenizer_of
 from quantbatch.records import (
     EngineProgress,
+    Failure,
     ReplicaStats,
     Request,
     RequestId,
@@ -34,10 +37,11 @@ from quantbatch.spec import ContinuousEngine, EchoEngine, LlamaCppEngine, Sampli
 from quantbatch.wants import Write
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import pyarrow as pa
 
+    from quantbatch.answers.cache import Space
     from quantbatch.engine import Engine
     from quantbatch.records import Answer
     from quantbatch.spec import JobSpec
@@ -61,6 +65,8 @@ class ReplicaJob:
     """Longest prompt and answer together, in tokens."""
     driver_folder: str
     """Working directory of the driver, for a model path that is relative to it."""
+    answers: Space | None = None
+    """Where answers are kept across jobs."""
 
 
 class LoadedEngine(NamedTuple):
@@ -148,6 +154,9 @@ class Replica:
         self._spec = job.spec.model_copy(update={"model": model})
         self._broken: JobError | None = None
         self._samplings: dict[str, Sampling] = {}
+        self._answers = AnswerCache(job.answers) if job.answers else None
+        self._keys = Keys()
+        self._cached = 0
         self._stats = ReplicaStats(replica=uuid.uuid4().hex[:8], device=job.device)
         try:
             loaded = load_engine(job)
@@ -170,13 +179,49 @@ class Replica:
         if self._broken:
             return pack(chunk, row_layout.failed(facts.shard, self._broken))
         requests = self._requests(chunk, rows)
-        answers = await asyncio.wrap_future(self._runner.submit(requests))
+        hits = await self._kept_answers(requests)
+        rest = [request for request in requests if request.id not in hits]
+        answers = hits | await asyncio.wrap_future(self._runner.submit(rest))
+        await self._keep(rest, answers)
         by_row: list[list[Answer]] = [[] for _ in range(rows.num_rows)]
         for request in requests:
             by_row[request.id.row].append(answers[request.id])
-        answered = row_layout.answered(rows, by_row, self._spec)
+        paid = {request.id.row for request in rest}
+        cached = [bool(found) and row not in paid for row, found in enumerate(by_row)]
+        answered = row_layout.answered(
+            rows, by_row, self._spec, cached if self._spec.answers_cache else None
+        )
         facts = dataclasses.replace(facts, replica=self._measured())
         return pack(chunk, row_layout.with_facts(answered, facts))
+
+    async def _kept_answers(self, requests: Sequence[Request]) -> dict[RequestId, Answer]:
+        """Return the answers that the job's cache has."""
+        if self._answers is None:
+            return {}
+        keys = {request.id: self._keys.of(request) for request in requests}
+        wanted = list({key for key in keys.values() if key is not None})
+        found = await asyncio.to_thread(self._answers.find, wanted)
+        hits = {
+            id: dataclasses.replace(found[key], id=id)
+            for id, key in keys.items()
+            if key is not None and key in found
+        }
+        self._cached += len(hits)
+        return hits
+
+    async def _keep(self, requests: Sequence[Request], answers: Mapping[RequestId, Answer]) -> None:
+        """Put new answers in the job's cache, before the chunk is committed: it is what was paid
+        for.
+        """
+        if self._answers is None:
+            return
+        new = {
+            key: answers[request.id]
+            for request in requests
+            if not isinstance(answers[request.id], Failure)
+            and (key := self._keys.of(request)) is not None
+        }
+        await asyncio.to_thread(self._answers.keep, new)
 
     def _requests(self, chunk: int, rows: pa.Table) -> list[Request]:
         """Return the requests of each row that has no error yet: one for each of its samples."""
@@ -219,7 +264,11 @@ class Replica:
         self._stats = dataclasses.replace(
             self._stats, busy_s=self._runner.busy_s, peak_bytes=peak_bytes
         )
-        return dataclasses.replace(self._stats, engine=self._progress())
+        progress = self._progress()
+        if self._answers is not None:
+            totals = progress.totals | {"from_cache": self._cached}
+            progress = dataclasses.replace(progress, totals=totals)
+        return dataclasses.replace(self._stats, engine=progress)
 
 
 def requests_of(

@@ -2,7 +2,7 @@
 
     after rendering   in.<kept column>..., row_id, prompt_ids, ask, error_type, error_message
     after answering   in.<kept column>..., row_id, status, error_type, error_message, <the task's>,
-                      prompt_tokens
+                      prompt_tokens, cached where a cache of answers is used
     in the output     <kept column>..., <prefix>row_id, <prefix>status, ..., <prefix>attempt
 
 On the way the kept columns carry `in.` before their names, so that no name of the user's meets one
@@ -128,7 +128,12 @@ def asks_of(rows: pa.Table) -> list[Ask]:
     return [read_ask(text) for text in rows["ask"].to_pylist()]
 
 
-def answered(rows: pa.Table, answers: Sequence[Sequence[Answer]], spec: JobSpec) -> pa.Table:
+def answered(
+    rows: pa.Table,
+    answers: Sequence[Sequence[Answer]],
+    spec: JobSpec,
+    cached: Sequence[bool] | None = None,
+) -> pa.Table:
     """Put the answers beside the rows.
 
     Args:
@@ -136,6 +141,8 @@ def answered(rows: pa.Table, answers: Sequence[Sequence[Answer]], spec: JobSpec)
         answers: The samples of each row, in order; none where the row had an error before it got to
             a model.
         spec: The job.
+        cached: Whether each row's answers come from the job's cache of answers; None if it has
+            none.
     """
     asks = asks_of(rows)
     results = [tasks.result(spec, *each) for each in zip(asks, answers, strict=True)]
@@ -154,6 +161,8 @@ def answered(rows: pa.Table, answers: Sequence[Sequence[Answer]], spec: JobSpec)
     names = [described.name for described in tasks.fields(spec)]
     columns |= dict(zip(names, tasks.columns(spec, asks, answers), strict=True))
     columns["prompt_tokens"] = _prompt_tokens(rows["prompt_ids"], asks)
+    if cached is not None:
+        columns["cached"] = pa.array(cached, pa.bool_())
     return pa.table(columns, metadata=rows.schema.metadata)
 
 
@@ -219,6 +228,7 @@ def output_schema(spec: JobSpec, kept: Sequence[str], schema: pa.Schema) -> pa.S
         pa.field("error_message", pa.string()),
         *tasks.fields(spec),
         pa.field("prompt_tokens", pa.int32()),
+        *([pa.field("cached", pa.bool_(), nullable=False)] if spec.answers_cache else []),
         pa.field("attempt", pa.string(), nullable=False),
     ]
     prefix = spec.output.prefix

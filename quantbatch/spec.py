@@ -705,6 +705,20 @@ class Output(Section):
     storage: Storage = Storage()
 
 
+class AnswersCache(Section):
+    """Answers that are kept across jobs: a request that was answered before, by the same model in
+    the same bits with the same settings, takes the answer from here. Only where the answer is
+    certain: at temperature 0, and where labels or texts are scored. The output then has a column
+    `cached` that is true for rows whose answers were there. A cache that is damaged or can't be
+    reached costs time and no job; nothing in it is ever removed but what was packed into larger
+    files, and its folder may be removed whenever no job runs.
+    """
+
+    uri: str = Field(json_schema_extra=TUNING)
+    """A folder, local or s3://, on which all replicas look."""
+    storage: Storage = Storage()
+
+
 class Limits(Section):
     """When to give up."""
 
@@ -731,6 +745,8 @@ class JobSpec(Section):
     engine: Engine = ContinuousEngine()
     cluster: Cluster = Cluster()
     output: Output
+    answers_cache: AnswersCache | None = None
+    """Where answers are kept for later jobs; null keeps none. (`model.cache` is for weights.)"""
     limits: Limits = Limits()
 
     @model_validator(mode="before")
@@ -799,7 +815,11 @@ class JobSpec(Section):
 
     def deciding(self) -> dict[str, Any]:
         """Return the fields that decide the output's bytes, by dotted path, in JSON types."""
-        return _deciding(self.resolved(), "")
+        found = _deciding(self.resolved(), "")
+        found.pop("answers_cache", None)
+        if self.answers_cache is not None:
+            found["answers_cache"] = True  # wherever it is, it adds a column
+        return found
 
     def fingerprint(self, **others: str) -> str:
         """Return the SHA-256 of the deciding fields in canonical JSON, as hex.

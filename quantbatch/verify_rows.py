@@ -108,6 +108,7 @@ class Claims:
 def our_fields(spec: JobSpec) -> list[pa.Field]:
     """Return the columns that a job adds, as its output names them."""
     types = _OF_ROWS | of_answers(spec)
+    types |= {"cached": pa.bool_()} if spec.answers_cache else {}
     return [pa.field(spec.output.prefix + name, kind) for name, kind in types.items()]
 
 

@@ -3,26 +3,23 @@
 A greedy request is a function of its prompt and settings, so one that equals another needs no model
 of its own: while the first is being answered the others wait for it, and for a while afterwards its
 answer is remembered. It works around any engine, across the chunks of a replica. Requests are
-compared by a digest of 128 bits of everything that decides the answer.
+compared by their keys (`answers.keys`).
 """
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections import OrderedDict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from quantbatch.records import WRITE, Completion, Ranked
-from quantbatch.wants import Write
+from quantbatch.answers.keys import Keys
+from quantbatch.records import Completion, Ranked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from quantbatch.engine import Engine
     from quantbatch.records import Answer, Request, RequestId
-    from quantbatch.spec import Sampling
 
 REMEMBERED_TOKENS = 1_000_000
 """Tokens of answers that are remembered: some 50 MB of Python objects."""
@@ -48,16 +45,16 @@ class Deduplicated:
         """Of the requests that the engine has and that others may wait for."""
         self._followers: dict[bytes, list[Request]] = {}
         self._ready: list[Answer] = []
-        self._settings: tuple[Sampling, bytes] | None = None
+        self._keys = Keys()
 
     def add(self, requests: Iterable[Request]) -> None:
         """See `Engine`."""
         new = []
         for request in requests:
-            if isinstance(request.want, Write) and request.sampling.temperature > 0:
+            digest = self._keys.of(request)
+            if digest is None:
                 new.append(request)
                 continue
-            digest = self._digest(request)
             known = self._answers.get(digest)
             if known is not None:
                 self._answers.move_to_end(digest)
@@ -69,16 +66,6 @@ class Deduplicated:
                 self._digest_of[request.id] = digest
                 new.append(request)
         self.engine.add(new)
-
-    def _digest(self, request: Request) -> bytes:
-        if self._settings is None or self._settings[0] is not request.sampling:
-            written = request.sampling.model_dump_json(exclude={"seed", "n"})
-            self._settings = request.sampling, written.encode()
-        prompt = array("i", request.prompt_ids).tobytes()
-        digest = hashlib.blake2b(prompt, digest_size=16, key=_key(self._settings[1]))
-        if request.want != WRITE:
-            digest.update(repr(request.want).encode())
-        return digest.digest()
 
     def has_work(self) -> bool:
         """See `Engine`."""
@@ -118,10 +105,6 @@ class Deduplicated:
             if digest is not None:
                 evicted += self._followers.pop(digest)
         return evicted
-
-
-def _key(settings: bytes) -> bytes:
-    return hashlib.blake2b(settings, digest_size=32).digest()
 
 
 def _size(answer: Completion | Ranked) -> int:

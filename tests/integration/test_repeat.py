@@ -1,4 +1,4 @@
-"""Repeated work through a live Ray: rows that are answered again."""
+"""Repeated work through a live Ray: rows that are answered again, answers that jobs share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from quantbatch import pipeline
+from quantbatch.answers import packs
 from quantbatch.errors import Refused
 from quantbatch.records import Status
 from quantbatch.report import Outcome
@@ -127,3 +128,52 @@ def test_what_a_retry_may_not_change(tmp_path: Path, ray_head: Head) -> None:
     with pytest.raises(Refused, match=r"sampling\.logprobs was null"):
         retry(load_spec(spec, ["sampling.logprobs=1"]), [Status.ERROR])
     proven(spec)
+
+
+def kept(cache: Path) -> int:
+    """Return how many answers a cache holds."""
+    return sum(pq.read_metadata(path).num_rows for path in cache.glob("*/*.parquet"))
+
+
+def without(rows: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name not in names} for row in rows]
+
+
+@pytest.mark.timeout(240)
+def test_a_nightly_job_pays_for_new_rows_only(
+    tmp_path: Path, ray_head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packs, "FILES_WORTH_IT", 8)
+    spec = write_spec(tmp_path, {"uri": str(tmp_path / "out")})
+    cluster = {"address": ray_head.address, "replicas": 2}
+    change(spec, cluster=cluster, engine={"step_s": 0.0})
+    pipeline.run(load_spec(spec))
+    plain = output(tmp_path)
+
+    cache = tmp_path / "cache"
+    change(spec, answers_cache={"uri": str(cache)}, output={"uri": str(tmp_path / "one")})
+    first = pipeline.run(load_spec(spec))
+    assert first.run.engine["from_cache"] == 0
+    proven(spec)
+    assert len(list(cache.glob("*/*.pack.parquet"))) == 1
+    for path in cache.glob("*/*Z-????????????.parquet"):
+        path.unlink()  # as a job does a day later
+    assert kept(cache) == ROWS
+
+    new = pa.table({"id": range(ROWS, ROWS + 50), "text": [f"new {i}" for i in range(50)]})
+    pq.write_table(new, tmp_path / "in" / "4.parquet")
+    change(spec, output={"uri": str(tmp_path / "out2")})
+    second = pipeline.run(load_spec(spec))
+    assert second.run.engine["from_cache"] == ROWS
+    assert kept(cache) == ROWS + 50, "only new rows were answered"
+    found: list[dict[str, Any]] = pq.ParquetDataset(tmp_path / "out2").read().to_pylist()
+    assert [row["cached"] for row in found] == [row["id"] < ROWS for row in found]
+    assert without(found[:ROWS], "cached", "attempt") == without(plain, "attempt")
+    proven(spec)
+
+    # Within a job it is the same command that continues it, with the cache on or off as it was.
+    fields = yaml.safe_load(spec.read_text())
+    del fields["answers_cache"]
+    spec.write_text(yaml.safe_dump(fields))
+    with pytest.raises(Refused, match="answers_cache was true, now null"):
+        pipeline.run(load_spec(spec))

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from quantbatch import replica, rows
+from quantbatch.answers.cache import Space
 from quantbatch.errors import RowError
 from quantbatch.prompts.rendering import row_seed, sample_seed
 from quantbatch.records import Completion, Failure, FinishReason, Request, pack, unpack
 from quantbatch.replica import LoadedEngine, Replica, ReplicaJob
 from quantbatch.spec import JobSpec
+from quantbatch.storage import LocalStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     import pytest
 
@@ -54,6 +57,7 @@ def answered(
     device: str = "cpu",
     planned_bytes: int = 0,
     peak_bytes: int = 0,
+    space: Space | None = None,
 ) -> tuple[pa.Table, list[Request]]:
     """Have a chunk of three rows answered, the second of which has an error already."""
     engine = Backwards()
@@ -63,13 +67,14 @@ def answered(
         {
             "name": "t", "input": {"uri": "in"}, "model": {"id": "m"}, "output": {"uri": "out"},
             "prompt": {"template": "x"}, "sampling": {"n": samples, "temperature": 1.0, "seed": 7},
+            **({"sampling": {}, "answers_cache": {"uri": space.store.uri}} if space else {}),
         }
     )  # fmt: skip
     prompts = pa.array([[5], None, [6, 7]], pa.list_(pa.int32()))
     ids = pa.array(["a", "b", "c"])
     rendered = rows.rendered(pa.table({}), ids, prompts, {1: RowError("null_prompt", "null")})
     block = pack(4, rows.with_facts(rendered, rows.ChunkFacts(0, 3)))
-    found = asyncio.run(Replica(ReplicaJob(spec, device, 99, "."))(block))
+    found = asyncio.run(Replica(ReplicaJob(spec, device, 99, ".", space))(block))
     chunk, table = unpack(found)
     assert chunk == 4
     return table, engine.seen
@@ -110,3 +115,28 @@ def test_a_card_that_takes_more_than_planned_is_told(
         ("WARNING", "memory of the card: 4.00 GiB planned, 5.00 GiB taken (+25.0 %)"),
         ("INFO", "memory of the card: 4.00 GiB planned, 3.00 GiB taken (-25.0 %)"),
     ]
+
+
+def test_answers_that_are_kept_are_not_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    space = Space(LocalStore(str(tmp_path)), {"model": "m"})
+    first, asked = answered(monkeypatch, 1, space=space)
+    assert [request.prompt_ids for request in asked] == [(5,), (6, 7)]
+    assert first["cached"].to_pylist() == [False, False, False]
+    second, asked = answered(monkeypatch, 1, space=space)
+    assert asked == []
+    assert second["cached"].to_pylist() == [True, False, True], "row b has no prompt"
+    assert second.drop_columns("cached") == first.drop_columns("cached")
+    other = Space(space.store, {"model": "another"})
+    assert len(answered(monkeypatch, 1, space=other)[1]) == 2
+
+
+def test_a_cache_that_can_not_be_written_costs_no_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    space = Space(LocalStore(str(tmp_path / "file" / "cache")), {})
+    table, _ = answered(monkeypatch, 1, space=space)
+    assert table["completion"].to_pylist() == ["0.0", None, "2.0"]
+    assert table["cached"].to_pylist() == [False] * 3
