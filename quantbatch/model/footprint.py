@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from quantbatch.errors import ModelError
 from quantbatch.model.formats import stored_quantization
 from quantbatch.model.packed import code_bytes, code_count, dense_tensors
-from quantbatch.model.sizes import first_of
+from quantbatch.model.sizes import LAYER_COUNTS, layer_count
 from quantbatch.spec import FourBit, Int8, Unquantized
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ class Part(Enum):
     EXPERT = "expert"
     """A weight of an expert: stays in the model's type, too."""
     UNUSED = "unused"
-    """No parameter of the loaded model: an old buffer, or a head that is tied to the embedding."""
+    """No parameter of the loaded model: an old buffer, a head that is tied to the embedding, or a
+    layer that guesses further tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +137,12 @@ def weigh_layers(checkpoint: Checkpoint, model: Model) -> LayeredWeights:
     """Compute what each layer takes once it is loaded as the spec asks."""
     dtype = weight_dtype(checkpoint, model)
     model = model.resolved().model_copy(update={"dtype": dtype})
-    count = first_of(checkpoint.text_config, "num_hidden_layers", "n_layer", "n_layers")
+    count = layer_count(checkpoint.text_config)
     parts: list[list[TensorInfo]] = [[] for _ in range(count + 2)]
     for tensor in checkpoint.tensors:
         found = LAYER.search(tensor.name)
+        if _is_beyond_layers(tensor, checkpoint):
+            continue
         if found:
             parts[1 + int(found[1])].append(tensor)
         else:
@@ -239,6 +242,8 @@ def part_of(tensor: TensorInfo, checkpoint: Checkpoint) -> Part:
     last = module.rpartition(".")[2]
     if _is_buffer(tensor) or (last in HEADS and _is_tied(checkpoint.config)):
         return Part.UNUSED
+    if _is_beyond_layers(tensor, checkpoint):
+        return Part.UNUSED
     if "experts" in module.split("."):
         return Part.EXPERT
     is_matrix = tensor.name.endswith(".weight") and len(tensor.shape) == 2
@@ -258,6 +263,19 @@ def _is_buffer(tensor: TensorInfo) -> bool:
     if tensor.name.endswith(("masked_bias", "rotary_emb.inv_freq", ".weight_format")):
         return True
     return tensor.name.endswith(".bias") and len(tensor.shape) > 1
+
+
+def _is_beyond_layers(tensor: TensorInfo, checkpoint: Checkpoint) -> bool:
+    """Recognize the layers that guess further tokens, after the last one or under a name of their
+    own: transformers does not load them (DeepSeek V3, GLM 4.5, Qwen3-Next).
+    """
+    if "mtp" in tensor.name.split("."):
+        return True
+    found = LAYER.search(tensor.name)
+    config = checkpoint.text_config
+    if found is None or all(config.get(name) is None for name in LAYER_COUNTS):
+        return False
+    return int(found[1]) >= layer_count(config)
 
 
 def _is_tied(config: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quantbatch.model.sizes import first_of, hidden_size, query_heads
+from quantbatch.model.sizes import first_of, hidden_size, layer_count, query_heads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,14 +67,14 @@ def kv_shape(config: Mapping[str, Any], item_bytes: int) -> KvShape:
         config: The text part of config.json.
         item_bytes: Bytes of a cached number: those of the model's type.
     """
-    layers = first_of(config, "num_hidden_layers", "n_layer", "n_layers")
+    layers = layer_count(config)
     types = _layer_types(config, layers)
     sliding = sum(kind in ("sliding_attention", "chunked_attention") for kind in types)
-    linear = types.count("linear_attention")
-    per_layer = _kv_numel(config) * item_bytes
+    # Without these numbers its state is not known, and it counts as attention.
+    linear = types.count("linear_attention") if "linear_num_key_heads" in config else 0
     return KvShape(
-        growing_bytes_per_token=(layers - sliding - linear) * per_layer,
-        sliding_bytes_per_token=sliding * per_layer,
+        growing_bytes_per_token=(layers - sliding - linear) * _full_kv_numel(config) * item_bytes,
+        sliding_bytes_per_token=sliding * _kv_numel(config) * item_bytes,
         window_tokens=config.get("sliding_window") or config.get("attention_chunk_size") or 0,
         fixed_bytes=linear * _linear_attention_bytes(config, item_bytes) if linear else 0,
         layers=layers,
@@ -84,13 +84,31 @@ def kv_shape(config: Mapping[str, Any], item_bytes: int) -> KvShape:
 def _kv_numel(config: Mapping[str, Any]) -> int:
     """Return the numbers that one layer caches for one token."""
     if config.get("kv_lora_rank"):
-        # Multi-head latent attention: transformers 5.23 caches the latent (measured).
-        return int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])
+        # Multi-head latent attention: transformers 5.23 caches the latent (measured), and where
+        # an indexer chooses what is attended to (DeepSeek V3.2), its keys.
+        latent = first_of(config, "kv_lora_rank") + first_of(config, "qk_rope_head_dim")
+        return latent + int(config.get("index_head_dim") or 0)
     heads = query_heads(config)
-    head_dim = config.get("head_dim") or hidden_size(config) // heads
+    head_dim = first_of({"head_dim": hidden_size(config) // heads} | _known(config), "head_dim")
     if config.get("multi_query") and not config.get("new_decoder_architecture"):
-        return 2 * int(head_dim)  # Falcon 7B, StarCoder
-    return 2 * int(config.get("num_key_value_heads") or heads) * int(head_dim)
+        return 2 * head_dim  # Falcon 7B, StarCoder
+    kv_heads = first_of({"num_key_value_heads": heads} | _known(config), "num_key_value_heads")
+    return 2 * kv_heads * head_dim
+
+
+def _full_kv_numel(config: Mapping[str, Any]) -> int:
+    """Return the same for a layer that sees everything: those of Gemma 4 have other heads."""
+    changes = {}
+    if str(config.get("model_type")).startswith("gemma4"):
+        # 512 where config.json leaves it out (configuration_gemma4.py, 5.23).
+        changes["head_dim"] = config.get("global_head_dim") or 512
+        if config.get("attention_k_eq_v"):
+            changes["num_key_value_heads"] = config.get("num_global_key_value_heads")
+    return _kv_numel({**config, **_known(changes)})
+
+
+def _known(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if value is not None}
 
 
 def _layer_types(config: Mapping[str, Any], layers: int) -> list[str]:
@@ -133,7 +151,7 @@ def unpackable(config: Mapping[str, Any], max_tokens: int) -> str | None:
         return "positions whose encoding depends on the longest row of a batch (longrope, dynamic)"
     if config.get("kv_lora_rank"):
         return "multi-head latent attention, whose cache would be unpacked"
-    kinds = set(_layer_types(config, first_of(config, "num_hidden_layers", "n_layer", "n_layers")))
+    kinds = set(_layer_types(config, layer_count(config)))
     other = sorted(kinds - {"full_attention", "sliding_attention"})
     return f"layers of the kind {', '.join(other)}" if other else None
 

@@ -23,6 +23,12 @@ LENGTH_STEP = 64
 
 def does_not_fit(load: Load, rows: int) -> DoesNotFit:
     """Say what so many rows need, what there is, and what would fit."""
+    layers, cards = load.shape.layers, load.work.cards
+    if layers < cards:
+        return DoesNotFit(
+            f"{load.checkpoint.id} has {layers} layers, which can't be spread over {cards} cards",
+            f"cluster.gpus_per_replica is at most {layers}",
+        )
     plan = load.plan(rows)
     assert plan.device_bytes is not None
     problem = (
@@ -59,7 +65,7 @@ def _cheapest_help(load: Load, rows: int) -> str:
         steps, lambda steps: load.of_length(steps * LENGTH_STEP).plan(1).fits
     )
     if tokens:
-        return f"rows of {tokens:,} tokens fit one at a time: lower engine.max_input_tokens"
+        return f"rows of {tokens:,} tokens fit one at a time: {_what_to_lower(load, tokens)}"
     for bits, lighter in _lighter(load):
         if lighter.plan(1).fits:
             return f"model.bits {bits} fits: its weights take {gib(lighter.weights.total_bytes)}"
@@ -71,6 +77,14 @@ def _cheapest_help(load: Load, rows: int) -> str:
             )
             return f"{spread_out}{_larger_card(load, '; so does ')}"
     return f"it takes a larger card{_larger_card(load, ', such as ')}, or a smaller model"
+
+
+def _what_to_lower(load: Load, tokens: int) -> str:
+    """Name the fields by which rows get no longer than so many tokens."""
+    answer = load.work.max_tokens - load.work.prompt_tokens
+    if answer < tokens:
+        return "lower engine.max_input_tokens"
+    return f"lower sampling.max_new_tokens, which is {answer:,}, and engine.max_input_tokens"
 
 
 def _larger_card(load: Load, before: str) -> str:

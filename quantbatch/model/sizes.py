@@ -13,18 +13,35 @@ if TYPE_CHECKING:
 def first_of(config: Mapping[str, Any], *names: str) -> int:
     """Return the first of some fields that a configuration has.
 
+    Where each layer has its own (Gemma 3n), that is the largest.
+
     Raises:
-        ModelError: It has none of them.
+        ModelError: It has none of them, or something else than a size.
     """
-    for name in names:
-        if config.get(name) is not None:
-            return int(config[name])
-    raise ModelError(f"config.json has none of {', '.join(names)}")
+    name = next((name for name in names if config.get(name) is not None), None)
+    if name is None:
+        raise ModelError(
+            f"config.json has none of {', '.join(names)}",
+            "only models whose layers have attention, and say how much, can be planned and run",
+        )
+    found = config[name] if isinstance(config[name], list) else [config[name]]
+    if not all(isinstance(size, int) for size in found) or max(found, default=0) < 1:
+        raise ModelError(f"config.json: {name} is {config[name]!r}", "fetch the model again")
+    return int(max(found))
+
+
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def layer_count(config: Mapping[str, Any]) -> int:
+    """Return the number of layers."""
+    return first_of(config, *LAYER_COUNTS)
 
 
 def query_heads(config: Mapping[str, Any]) -> int:
     """Return the number of query heads."""
-    return first_of(config, "num_attention_heads", "n_head", "n_heads")
+    names = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+    return first_of(config, *names)
 
 
 def hidden_size(config: Mapping[str, Any]) -> int:

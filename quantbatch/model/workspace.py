@@ -70,8 +70,9 @@ def dequantized_bytes(weights: Weights, quantization: Quantization, tokens: int)
 def activation_bytes(config: Mapping[str, Any], tokens: int, item_bytes: int) -> int:
     """Return the activations of a prefill of so many tokens, over all rows."""
     hidden = hidden_size(config)
-    inner = config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_dim")
-    of_inner = ACTIVATIONS_OF_INNER * int(inner or 4 * hidden)
+    usual = {"none said": 4 * hidden}
+    inner = first_of(usual | dict(config), "intermediate_size", "n_inner", "ffn_dim", *usual)
+    of_inner = ACTIVATIONS_OF_INNER * inner
     return tokens * (ACTIVATIONS_OF_HIDDEN * hidden + of_inner) * item_bytes
 
 

@@ -324,9 +324,28 @@ def replace_tensors(checkpoint: Checkpoint, tensors: tuple[TensorInfo, ...]) -> 
         ({"n_layer": 12, "n_head": 12, "n_embd": 768}, 36),
         ({"n_layer": 40, "n_head": 48, "n_embd": 6144, "multi_query": True}, 20),
         ({"num_hidden_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64}, 68.625),
+        (
+            {
+                "num_hidden_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
+                "index_head_dim": 128,
+            },
+            61 * (512 + 64 + 128) * 2 / KIB,
+        ),
+        ({"num_layers": 12, "num_heads": 12, "hidden_size": 768}, 36),
+        ({"num_layers": 24, "attention_heads": 16, "d_model": 1024}, 96),
+        (
+            {
+                "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32,
+                "num_key_value_heads": [1, 2],
+            },
+            2 * 2 * 2 * 32 * 2 / KIB,
+        ),
     ],
-    ids=["Qwen2.5-32B", "Llama-3.1-8B", "Qwen3-30B-A3B", "GPT-2", "StarCoder", "DeepSeek-V3"],
-)
+    ids=[
+        "Qwen2.5-32B", "Llama-3.1-8B", "Qwen3-30B-A3B", "GPT-2", "StarCoder", "DeepSeek-V3",
+        "DeepSeek-V3.2", "GPT-Neo", "XGLM", "heads of each layer",
+    ],
+)  # fmt: skip
 def test_the_cache_of_a_token(config: dict[str, Any], kib: float) -> None:
     assert kv_shape(config, 2).bytes_per_token == kib * KIB
 
@@ -374,6 +393,55 @@ def test_which_layers_have_a_window(config: dict[str, Any], sliding: int) -> Non
     sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 64}
     shape = kv_shape(sizes | config, 2)
     assert shape.sliding_bytes_per_token == sliding * 2 * 64 * 2
+
+
+def test_layers_of_gemma_4_that_see_everything_have_heads_of_their_own() -> None:
+    gemma_4 = {
+        "model_type": "gemma4_text", "num_hidden_layers": 30, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 256, "hidden_size": 2816, "sliding_window": 1024,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 5,
+        "global_head_dim": 512, "num_global_key_value_heads": 2, "attention_k_eq_v": True,
+    }  # fmt: skip
+    shape = kv_shape(gemma_4, 2)
+    assert shape.sliding_bytes_per_token == 25 * 2 * 8 * 256 * 2
+    assert shape.growing_bytes_per_token == 5 * 2 * 2 * 512 * 2
+    assert kv_shape(gemma_4 | {"attention_k_eq_v": False}, 2).growing_bytes_per_token == (
+        5 * 2 * 8 * 512 * 2
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_hidden_layers": "two"}, {"num_attention_heads": 0}, {"head_dim": [64, None]}],
+    ids=str,
+)
+def test_what_is_no_size_is_named(wrong: dict[str, Any]) -> None:
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 64}
+    with pytest.raises(ModelError, match=rf"config.json: {next(iter(wrong))} is "):
+        kv_shape(sizes | wrong, 2)
+
+
+def test_linear_attention_of_unknown_size_counts_as_attention() -> None:
+    minimax = {
+        "model_type": "minimax", "num_hidden_layers": 4, "num_attention_heads": 8,
+        "hidden_size": 64, "layer_types": ["linear_attention", "full_attention"] * 2,
+    }  # fmt: skip
+    assert kv_shape(minimax, 2).growing_bytes_per_token == 4 * 2 * 64 * 2
+
+
+def test_layers_that_guess_further_tokens_count_nothing() -> None:
+    plain = tiny()
+    extra = tuple(
+        TensorInfo(name, "BF16", (64, 64))
+        for name in (
+            "model.layers.2.eh_proj.weight", "model.layers.3.self_attn.q_proj.weight",
+            "mtp.layers.0.mlp.up_proj.weight", "model.mtp.fc.weight",
+        )
+    )  # fmt: skip
+    longer = replace(plain, tensors=(*plain.tensors, *extra))
+    for bits in (4, 16):
+        assert weigh(longer, model(bits=bits)) == weigh(plain, model(bits=bits))
+        assert weigh_layers(longer, model(bits=bits)) == weigh_layers(plain, model(bits=bits))
 
 
 def test_linear_attention_takes_the_same_whatever_the_length() -> None:
@@ -490,6 +558,13 @@ def test_the_cheapest_help_comes_first() -> None:
     assert moe.endswith("so does one A100 with 79.14 GiB")
     one = refusal(qwen_30b_a3b(), device_bytes=5 * GIB).hint
     assert one == "it takes a larger card, such as one A100 with 79.14 GiB, or a smaller model"
+
+
+def test_where_the_answer_alone_is_too_long_the_help_says_so() -> None:
+    sizes = {"batch_size": 1, "max_tokens": 200_000}
+    assert "max_new_tokens" not in refusal(qwen_32b(), prompt_tokens=199_000, **sizes).hint
+    hint = refusal(qwen_32b(), prompt_tokens=1_000, **sizes).hint
+    assert "lower sampling.max_new_tokens, which is 199,000, and" in hint
 
 
 def test_help_really_helps() -> None:
@@ -668,8 +743,9 @@ def test_a_model_that_fits_no_single_card_is_told_of_several() -> None:
 def test_layers_that_do_not_divide_are_refused() -> None:
     checkpoint = tiny(layers=2)
     work = Work(max_tokens=64, prompt_tokens=32, step_tokens=64, greedy=True, cards=3)
-    with pytest.raises(DoesNotFit, match="its 3 cards have together"):
+    with pytest.raises(DoesNotFit, match="has 2 layers, which can't be spread over 3") as caught:
         plan_memory(checkpoint, model(bits=4), work, CARD)
+    assert caught.value.hint == "cluster.gpus_per_replica is at most 2"
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
