@@ -145,7 +145,7 @@ class Model(Section):
     trust_remote_code: bool = False
     """Run the Python code that comes with a repository. It can do all that you can; so `revision`
     has to pin the commit that you read."""
-    cache: str | None = Field(None, json_schema_extra=TUNING)
+    cache: str | None = Field(None, min_length=1, json_schema_extra=TUNING)
     """A folder, local or s3://, that keeps quantized weights: the first replica quantizes, later
     ones and other jobs load a third of the bytes."""
     cache_storage: Storage = Storage()

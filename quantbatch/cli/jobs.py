@@ -115,11 +115,11 @@ def plan(  # noqa: PLR0913 - an argument for each option
         str | None, typer.Option(help="Plan this model without a job: a folder or a repository.")
     ] = None,
     prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="Length of a prompt, with --model.")
-    ] = 500,
+        int | None, typer.Option(min=1, help="Length of a prompt, with --model; 500 if not said.")
+    ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Length of an answer, with --model.")
-    ] = 200,
+        int | None, typer.Option(min=1, help="Length of an answer, with --model; 200 if not said.")
+    ] = None,
     overrides: Overrides = None,
     extend: Extend = False,
     as_json: AsJson = False,
@@ -129,11 +129,23 @@ def plan(  # noqa: PLR0913 - an argument for each option
         if (spec is None) == (model is None):
             problem = "plan takes the path of a SPEC, or --model"
             raise SpecError(JobError(problem, "quantbatch plan job.yaml --card L4"))
+        lengths = {"--prompt-tokens": prompt_tokens, "--max-new-tokens": max_new_tokens}
         if spec is not None:
+            _refuse_options("--model", lengths)
             _plan_job(load(spec, [*(overrides or ()), *card_fields(card)]), extend, as_json)
         else:
             assert model is not None
-            _plan_model(model, card_named(card or ""), prompt_tokens, max_new_tokens, as_json)
+            _refuse_options("a SPEC", {"--set": overrides, "--extend": extend})
+            found = card_named(card or "")
+            _plan_model(model, found, prompt_tokens or 500, max_new_tokens or 200, as_json)
+
+
+def _refuse_options(goes_with: str, options: Mapping[str, object]) -> None:
+    """Refuse options that would say nothing here."""
+    for name, value in options.items():
+        if value:
+            hint = f"leave out {name}, or give {goes_with} instead"
+            raise SpecError(JobError(f"{name} goes with {goes_with} only", hint))
 
 
 def _plan_job(job: JobSpec, extend: bool, as_json: bool) -> None:

@@ -97,6 +97,7 @@ def compare(spec: JobSpec, choices: Choices, out: Path, say: Callable[[str], Non
     from quantbatch.sample import best_device
 
     prepared = prepare(spec, choices)
+    report.check_folder(out, spec.output)
     device = best_device(spec)
     if device == "cpu" and spec.cluster.gpus_per_replica:
         say("there is no card here: the models run on the CPU")
@@ -114,6 +115,7 @@ def compare_there(spec: JobSpec, choices: Choices, out: Path, say: Callable[[str
     from quantbatch.compare import report
 
     prepared = prepare(spec, choices)
+    report.check_folder(out, spec.output)
     with cluster.connected(spec.cluster) as session, cluster.explained(spec):
         say(f"the models run on the cluster, on {session.device}")
         here = str(Path.cwd())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -18,6 +19,8 @@ from quantbatch.compare.candidates import is_original, own_dtype
 from quantbatch.compare.divergence import DRAWN_WORDS, TOP_WORDS
 from quantbatch.compare.statistics import LEVEL, RESAMPLES, SEED, Bootstrap, rule_of_three
 from quantbatch.console import plain, several, size
+from quantbatch.errors import Refused, StorageError
+from quantbatch.storage import local_folder, open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
     from quantbatch.compare.figures import Measured
     from quantbatch.compare.job import Outcome, Prepared
+    from quantbatch.spec import Output
 
 SIGNIFICANT = 0.05
 """Below this p of McNemar's test an accuracy is said to differ."""
@@ -290,6 +294,28 @@ def _said_of_noise(floor: Mapping[str, Any], name: str) -> str:
         f"{name} against itself in other batches, padded on the other side: {kl} a token,"
         f" {floor['answers']['identical']['value']:.1%} of answers identical"
     )
+
+
+def check_folder(folder: Path, output: Output) -> None:
+    """Make the folder of a report, and see that it can be written to, before models run for it.
+
+    Raises:
+        StorageError: It can't be.
+        Refused: It is in the output of the job, where only the job's own files may be.
+    """
+    job = local_folder(open_store(output.uri, output.storage), "")
+    if job is not None and folder.resolve().is_relative_to(job.resolve()):
+        raise Refused(
+            f"--out {folder} is in the job's output {output.uri}, which then is no job's any more",
+            "choose another folder for the report with --out",
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        problem = f"--out {folder}: {error.strerror}"
+        raise StorageError(problem, "choose another folder for the report") from error
 
 
 def save(document: Mapping[str, Any], folder: Path) -> None:

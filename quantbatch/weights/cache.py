@@ -17,9 +17,10 @@ highest. The races:
 - A claim fails, and nobody knows whether it took effect: the files stay, since they may count.
 - A reader of version 1 goes on undisturbed: its files stay for a week. If it finds damage, it looks
   once more for a higher version before it says so.
-- Files that no newest record names are removed when they are a week old, by their attempt's name,
-  which begins with its time. A writer that took longer would claim a record without files: that is
-  damage, and noticed.
+- Files are removed a week after they last counted: those of an older record, a week after the next
+  record's attempt began; those that no record names, a week after their own did. An attempt's name
+  begins with its time. A writer that took longer than a week would claim a record without files:
+  that is damage, and noticed.
 
 So the worst that two writers can do to each other is to do the same work twice.
 
@@ -35,6 +36,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -232,10 +234,11 @@ class WeightCache:
 
     def _newest_version(self) -> int:
         """Return the version of the newest record; 0 if there is none."""
+        return max(self._versions(), default=0)
+
+    def _versions(self) -> list[int]:
         names = (info.key.removeprefix(f"{self.key}/") for info in self.store.list(self.key))
-        return max(
-            (int(found[1]) for name in names if (found := _RECORD.fullmatch(name))), default=0
-        )
+        return sorted(int(found[1]) for name in names if (found := _RECORD.fullmatch(name)))
 
     def _record(self, version: int) -> Record:
         record = Record.from_bytes(self.store.read(self._record_key(version)))
@@ -363,12 +366,21 @@ class WeightCache:
             self.store.delete(info.key)
 
     def _sweep(self) -> None:
-        """Remove what attempts left that do not count, when they are old enough."""
+        """Remove what attempts left that do not count, when they have not for long enough."""
         counts = self._record(self._newest_version()).attempt
+        ended = self._ended()
         places = (info.key.split("/") for info in self.store.list(self.key))
         for attempt in {place[1] for place in places if len(place) > 2} - {counts}:
-            if _began(attempt) < datetime.now(UTC) - KEPT_FOR:
+            if ended.get(attempt, _began(attempt)) < datetime.now(UTC) - KEPT_FOR:
                 self._delete(attempt)
+
+    def _ended(self) -> dict[str, datetime]:
+        """Return when attempts ceased to count: when the one of the next record began."""
+        counted = []
+        for version in self._versions():
+            with contextlib.suppress(DamagedError):
+                counted.append(self._record(version).attempt)
+        return {older: _began(newer) for older, newer in itertools.pairwise(counted)}
 
 
 def _began(attempt: str) -> datetime:

@@ -281,6 +281,17 @@ def test_plan_of_a_model_alone(folder: Path) -> None:
         assert "plan takes the path of a SPEC, or --model" in call(*wrong).stderr
 
 
+def test_plan_does_not_overlook_options(folder: Path) -> None:
+    for options in (["--set", "model.bits=8"], ["--extend"]):
+        result = call("plan", "--model", str(MODEL), *options)
+        assert result.exit_code == 2
+        assert f"{options[0]} goes with a SPEC only" in result.stderr
+    for name in ("--prompt-tokens", "--max-new-tokens"):
+        result = call("plan", "job.yaml", name, "100")
+        assert result.exit_code == 2
+        assert f"{name} goes with --model only" in result.stderr
+
+
 def test_plan_of_a_model_that_fits_in_no_width(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

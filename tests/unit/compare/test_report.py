@@ -17,9 +17,11 @@ from quantbatch.compare import figures
 from quantbatch.compare.divergence import Differences
 from quantbatch.compare.figures import Loading, Said
 from quantbatch.compare.page import page
-from quantbatch.compare.report import _finite, remarks, save, table, verdict
+from quantbatch.compare.report import _finite, check_folder, remarks, save, table, verdict
 from quantbatch.compare.statistics import Bootstrap
+from quantbatch.errors import Refused, StorageError
 from quantbatch.records import Completion, Failure, FinishReason, RequestId
+from quantbatch.spec import Output
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -282,3 +284,21 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     }
     save(found, tmp_path / "deep" / "er")
     assert json.loads((tmp_path / "deep" / "er" / "compare.json").read_text()) == found
+
+
+def test_where_no_report_can_be_written_is_known_before_models_run(tmp_path: Path) -> None:
+    output = Output(uri=str(tmp_path / "out"))
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"--out .*file/report: Not a directory"):
+        check_folder(tmp_path / "file" / "report", output)
+    with pytest.raises(StorageError, match=r"--out .*file: File exists"):
+        check_folder(tmp_path / "file", output)
+    check_folder(tmp_path / "report", output)
+    assert list((tmp_path / "report").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["out", "out/compare/reviews"])
+def test_no_report_is_written_into_the_output_of_the_job(tmp_path: Path, name: str) -> None:
+    with pytest.raises(Refused, match="is in the job's output"):
+        check_folder(tmp_path / name, Output(uri=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

@@ -46,6 +46,12 @@ class PretendedModel:
             Path(folder, f"{name}.safetensors").write_text(f"{name}: {self.text}")
 
 
+def clock_of(days: int) -> type[datetime]:
+    """Return a datetime by which it is some days ago."""
+    then = datetime.now(UTC) - timedelta(days=days)
+    return type("Clock", (datetime,), {"now": staticmethod(lambda _: then)})
+
+
 class PretendedCheckpoint:
     id, digest, quantized = "m", "digest", None
 
@@ -276,6 +282,19 @@ def test_what_does_not_count_is_removed_after_a_week(
     left = {path.parent.name for path in Path(store.uri, cache.key).glob("*/f")}
     assert left == {"mine"}
     assert load(cache).model == "a: x; b: x"
+
+
+def test_readers_of_an_old_entry_have_a_week_from_when_it_was_replaced(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_in(store)
+    for version, days in ((1, 30), (2, 20), (3, 0)):
+        with monkeypatch.context() as then:
+            then.setattr(cache_module, "datetime", clock_of(days))
+            put(cache, str(version), version)
+    left = {path.parent.name for path in Path(store.uri, cache.key).glob("*/*.safetensors")}
+    versions = {cache._record(version).attempt: version for version in (1, 2, 3)}
+    assert {versions[attempt] for attempt in left} == {2, 3}
 
 
 def test_an_entry_of_no_use_is_left_as_it_is(
