@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from quantbatch.errors import ModelError
 from quantbatch.model.gguf import ARCHITECTURES
 from quantbatch.model.headers import few
 from quantbatch.spec import FourBit, Int8
@@ -178,9 +179,19 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def quant_section(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a config.json says on how its weights are quantized; empty if they are not."""
+    """Return what a config.json says on how its weights are quantized; empty if they are not.
+
+    Raises:
+        ModelError: It is no section of fields.
+    """
     text = config.get("text_config") or {}
-    return config.get("quantization_config") or text.get("quantization_config") or {}
+    found = config.get("quantization_config") or text.get("quantization_config") or {}
+    if not isinstance(found, dict):
+        raise ModelError(
+            f"config.json: quantization_config is {found!r}, and not a section of fields",
+            "fetch the model again",
+        )
+    return found
 
 
 def quant_method(config: Mapping[str, Any]) -> str | None:
@@ -198,12 +209,18 @@ def stored_quantization(config: Mapping[str, Any]) -> Quantization | None:
     if quant_method(config) != "bitsandbytes":
         return None
     section = quant_section(config)
-    if not section.get("load_in_4bit"):
-        return Int8(threshold=float(section.get("llm_int8_threshold", 6.0)))
-    return FourBit(
-        kind=section.get("bnb_4bit_quant_type", "fp4"),
-        double_quant=bool(section.get("bnb_4bit_use_double_quant", False)),
-    )
+    try:
+        if not section.get("load_in_4bit"):
+            return Int8(threshold=float(section.get("llm_int8_threshold", 6.0)))
+        return FourBit(
+            kind=section.get("bnb_4bit_quant_type", "fp4"),
+            double_quant=bool(section.get("bnb_4bit_use_double_quant", False)),
+        )
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"config.json: quantization_config says what bitsandbytes does not know: {section}",
+            "fetch the model again",
+        ) from error
 
 
 def judge(method: str, section: Mapping[str, Any], machine: Machine) -> Verdict:

@@ -89,11 +89,12 @@ def _kv_numel(config: Mapping[str, Any]) -> int:
         latent = first_of(config, "kv_lora_rank") + first_of(config, "qk_rope_head_dim")
         return latent + int(config.get("index_head_dim") or 0)
     heads = query_heads(config)
-    head_dim = first_of({"head_dim": hidden_size(config) // heads} | _known(config), "head_dim")
+    said = config.get("head_dim") is not None
+    head_dim = first_of(config, "head_dim") if said else hidden_size(config) // heads
     if config.get("multi_query") and not config.get("new_decoder_architecture"):
         return 2 * head_dim  # Falcon 7B, StarCoder
-    kv_heads = first_of({"num_key_value_heads": heads} | _known(config), "num_key_value_heads")
-    return 2 * kv_heads * head_dim
+    said = config.get("num_key_value_heads") is not None
+    return 2 * (first_of(config, "num_key_value_heads") if said else heads) * head_dim
 
 
 def _full_kv_numel(config: Mapping[str, Any]) -> int:
@@ -102,13 +103,9 @@ def _full_kv_numel(config: Mapping[str, Any]) -> int:
     if str(config.get("model_type")).startswith("gemma4"):
         # 512 where config.json leaves it out (configuration_gemma4.py, 5.23).
         changes["head_dim"] = config.get("global_head_dim") or 512
-        if config.get("attention_k_eq_v"):
-            changes["num_key_value_heads"] = config.get("num_global_key_value_heads")
-    return _kv_numel({**config, **_known(changes)})
-
-
-def _known(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if value is not None}
+        if config.get("attention_k_eq_v") and config.get("num_global_key_value_heads"):
+            changes["num_key_value_heads"] = config["num_global_key_value_heads"]
+    return _kv_numel({**config, **changes})
 
 
 def _layer_types(config: Mapping[str, Any], layers: int) -> list[str]:

@@ -88,6 +88,11 @@ def code_count(tensor: TensorInfo, checkpoint: Checkpoint) -> int:
     return tensor.numel if tensor.name.endswith(".weight") else 0
 
 
+def is_scale(name: str) -> bool:
+    """Tell whether a tensor belongs to the scales that bitsandbytes stores."""
+    return name.endswith(".SCB") or ".quant_state." in name
+
+
 def without_partner(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield the tensors of codes that have no scales, and of scales that have no codes.
 

@@ -111,6 +111,14 @@ def refuse_codes_without_scales(checkpoint: Checkpoint) -> None:
             f"{checkpoint.id} has codes without scales, or scales without codes: {few(alone)}",
             "config.json and weights do not belong together: fetch the model again",
         )
+    names = [tensor.name for tensor in checkpoint.tensors]
+    if checkpoint.quantized == "bitsandbytes" and not any(map(packed.is_scale, names)):
+        raise ModelError(
+            f"config.json of {checkpoint.id} says that bitsandbytes quantized its weights, but none"
+            " of them has a scale",
+            "if they are the original ones, remove quantization_config: quantbatch quantizes them"
+            " as it loads (model.bits)",
+        )
 
 
 def refuse_other_quantization(checkpoint: Checkpoint, model: Model) -> None:

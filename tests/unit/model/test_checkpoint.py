@@ -337,6 +337,8 @@ NF4 = {
     "bnb_4bit_use_double_quant": True,
 }
 INT8 = {"load_in_8bit": True}
+UP = "model.layers.0.mlp.up_proj.weight"
+SCALES: Shapes = {f"{UP}.quant_state.bitsandbytes__nf4": ("U8", (90,))}
 
 
 @pytest.mark.parametrize(
@@ -360,7 +362,7 @@ def test_a_quantized_checkpoint_is_taken_as_it_is(
 ) -> None:
     packages = {"bitsandbytes": "0.50.2", "gptqmodel": "7.7.0", "optimum": "2.3.0"}
     monkeypatch.setattr(formats, "_installed", lambda: packages)
-    write_model(tmp_path, CONFIG | {"quantization_config": section})
+    write_model(tmp_path, CONFIG | {"quantization_config": section}, SHAPES | SCALES)
     assert open_folder(tmp_path, fields).quantized == method
 
 
@@ -418,6 +420,29 @@ def test_a_quantized_checkpoint_is_not_quantized_otherwise(
     assert "is quantized already" in message
     assert there in message.partition("but the job asks for")[0]
     assert asked in message.partition("but the job asks for")[2]
+
+
+@pytest.mark.parametrize(
+    ("section", "problem"),
+    [
+        ("gptq", "quantization_config is 'gptq', and not a section of fields"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf5"},
+            "says what bitsandbytes does not know",
+        ),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "says that bitsandbytes quantized its weights, but none of them has a scale",
+        ),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "none of them has a scale"),
+    ],
+)
+def test_a_section_on_quantization_that_is_not_true_is_refused(
+    tmp_path: Path, section: Any, problem: str
+) -> None:
+    folder = write_model(tmp_path / "m", CONFIG | {"quantization_config": section})
+    with pytest.raises(ModelError, match=problem):
+        open_checkpoint(Model(id=str(folder), bits="auto" if "scale" in problem else 4))
 
 
 # ---- the hub
