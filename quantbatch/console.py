@@ -171,7 +171,10 @@ def unreadable_lines(files: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _figures(report: RunReport) -> list[tuple[str, str]]:
     run = report.run
-    rows = [("speed", f"{run.rows_per_s:,.1f} rows/s, {run.tokens_per_s:,.1f} tokens/s")]
+    speed = f"{run.rows_per_s:,.1f} rows/s"
+    if run.counts.completion_tokens:
+        speed += f", {run.tokens_per_s:,.1f} tokens/s"
+    rows = [("speed", speed)]
     if "from_cache" in run.engine:
         rows.append(("cached", f"{several(round(run.engine['from_cache']), 'answer')} taken"))
     if run.planned_bytes:
