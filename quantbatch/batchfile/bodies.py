@@ -17,12 +17,12 @@ from quantbatch.batchfile import forms
 from quantbatch.batchfile.messages import conversation_of, tools_of
 from quantbatch.batchfile.refusals import BAD_REQUEST, bad, unsupported
 from quantbatch.errors import RowError
-from quantbatch.wants import Grammar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from quantbatch.prompts.tokens import Conversation
+    from quantbatch.wants import Grammar
 
 MAX_BODY_BYTES = 1_000_000
 MAX_INPUTS = 2048
@@ -310,11 +310,12 @@ def _grammar(value: Any) -> Grammar | None:  # noqa: ANN401 - any JSON value
         case None | {"type": "text"}:
             return None
         case {"type": "json_object"}:
-            return Grammar("json_schema", '{"type": "object"}')
+            return forms.grammar_of({"type": "object"})
         case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
-            if wrong := forms.problem(schema):
+            grammar = forms.grammar_of(schema)
+            if wrong := forms.problem(grammar):
                 raise bad("response_format.json_schema.schema", schema, wrong)
-            return Grammar("json_schema", json.dumps(schema, ensure_ascii=False))
+            return grammar
         case {"type": "json_schema"}:
             raise bad("response_format.json_schema", value.get("json_schema"), "lacks a schema")
         case _:

@@ -1,51 +1,27 @@
-"""Whether an answer has the form that its request asked for, from the text alone."""
+"""Whether answers and arguments have the form that their request asked for."""
 
 from __future__ import annotations
 
 import json
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from quantbatch.wants import Grammar
-
-MOST_CHARACTERS = 400
+from quantbatch import structured
+from quantbatch.wants import Grammar
 
 
-def problem(schema: dict[str, Any]) -> str:
-    """Say why something is no JSON schema; else nothing."""
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import SchemaError
-
-    try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError as error:
-        return f"{error.json_path}: {error.message}"[:MOST_CHARACTERS]
-    return ""
-
-
-def fault(grammar: Grammar, text: str) -> str:
-    """Say why a text is not of the form that was asked for; else nothing."""
-    assert grammar.kind == "json_schema", "all that a response_format can ask for"
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return f"no JSON: {error}"
-    return value_fault(grammar.text, value)
-
-
-def value_fault(schema: str, value: object) -> str:
-    """Say why a value has not the form of a schema; else nothing."""
-    from jsonschema.exceptions import best_match
-
-    wrong = best_match(_validator(schema).iter_errors(value))
-    return f"{wrong.json_path}: {wrong.message}"[:MOST_CHARACTERS] if wrong else ""
+def grammar_of(schema: dict[str, Any]) -> Grammar:
+    """Return what a JSON schema allows."""
+    return Grammar("json_schema", json.dumps(schema, ensure_ascii=False))
 
 
 @lru_cache(maxsize=1024)
-def _validator(schema: str) -> Any:  # noqa: ANN401 - has no types
-    """Return what checks values; it never fetches what `$ref` names elsewhere."""
-    from jsonschema import Draft202012Validator
-    from referencing import Registry
+def problem(grammar: Grammar) -> str:
+    """Say why a grammar can't be used; else nothing. Files repeat the same few again and again."""
+    return structured.problem(grammar)
 
-    return Draft202012Validator(json.loads(schema), registry=Registry())
+
+def arguments_fault(schema: dict[str, Any], arguments: object) -> str:
+    """Say why the arguments of a call have not the form of their schema; else nothing."""
+    found = structured.fault(grammar_of(schema), json.dumps(arguments, ensure_ascii=False))
+    return found.reason if found else ""

@@ -120,7 +120,7 @@ def _check_tool(where: str, tool: Any) -> None:  # noqa: ANN401 - any JSON value
             parameters = others.get("parameters")
             if parameters is not None and not isinstance(parameters, dict):
                 raise bad(f"{where}.function.parameters", parameters, "should be a JSON schema")
-            if wrong := forms.problem(parameters or {}):
+            if wrong := forms.problem(forms.grammar_of(parameters or {})):
                 raise bad(f"{where}.function.parameters", parameters, wrong)
         case {"type": str(kind)} if kind != "function":
             raise unsupported(f"{where}.type", kind, "only functions can be called")

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quantbatch import structured
 from quantbatch.batchfile import forms
 from quantbatch.records import Completion, Embedded, FinishReason
+from quantbatch.structured import Fault
 from quantbatch.wants import Write
 
 if TYPE_CHECKING:
@@ -67,20 +69,20 @@ def completion_tokens(ask: Ask, answers: Sequence[Completion | Embedded]) -> int
     return tokens * copies
 
 
-def fault(ask: Ask, answers: Sequence[Completion | Embedded]) -> str:
-    """Say why whole answers are not of the form that was asked for; else nothing."""
+def fault(ask: Ask, answers: Sequence[Completion | Embedded]) -> Fault | None:
+    """Return why a whole answer is not of the form that was asked for."""
     assert ask.about is not None
     for answer in answers:
         if not isinstance(answer, Completion) or answer.finish_reason is FinishReason.LENGTH:
             continue
-        found = ""
+        found = None
         if isinstance(ask.want, Write) and ask.want.grammar:
-            found = forms.fault(ask.want.grammar, answer.text)
-        elif "tools" in ask.about:
-            found = calls_of(answer.text, ask.about["tools"]).fault
+            found = structured.fault(ask.want.grammar, answer.text)
+        elif "tools" in ask.about and (why := calls_of(answer.text, ask.about["tools"]).fault):
+            found = Fault("tool_call", why)
         if found:
             return found
-    return ""
+    return None
 
 
 def calls_of(text: str, strict: dict[str, Any]) -> Calls:
@@ -100,7 +102,7 @@ def calls_of(text: str, strict: dict[str, Any]) -> Calls:
         if not isinstance(name, str):
             return Calls(text, (), "the name of a called tool is no text")
         if strict.get(name) is not None:
-            wrong = forms.value_fault(json.dumps(strict[name]), arguments)
+            wrong = forms.arguments_fault(strict[name], arguments)
             fault = fault or (wrong and f"arguments of {name}: {wrong}")
         calls.append((name, json.dumps(arguments, ensure_ascii=False)))
     if not calls:

@@ -26,7 +26,7 @@ from quantbatch.model.formats import stored_quantization
 from quantbatch.model.kv import kv_shape, unpackable
 from quantbatch.model.misfit import does_not_fit
 from quantbatch.model.spread import spread
-from quantbatch.spec import Classify, ContinuousEngine, Embed, Score, Unquantized
+from quantbatch.spec import BatchRequests, Classify, ContinuousEngine, Embed, Score, Unquantized
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -159,9 +159,10 @@ class Work:
             prompt_tokens=max_input_tokens,
             batch_size=None if engine.batch_size == "auto" else engine.batch_size,
             step_tokens=step_tokens,
-            greedy=sampling.is_plain,
-            counts_tokens=sampling.counts_tokens,
-            reads=isinstance(spec.task, Classify | Score | Embed),
+            # Rows of a batch file may ask for anything.
+            greedy=sampling.is_plain and not isinstance(spec.task, BatchRequests),
+            counts_tokens=sampling.counts_tokens or isinstance(spec.task, BatchRequests),
+            reads=isinstance(spec.task, BatchRequests | Classify | Score | Embed),
             cards=max(1, int(spec.cluster.gpus_per_replica)),
         )
 

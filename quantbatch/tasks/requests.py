@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from quantbatch.spec import JobSpec
     from quantbatch.wants import Ask
 
-INVALID = "invalid_answer"
-"""`error_type` of a row whose answer is whole and has not the form that was asked for."""
-
 
 def fields() -> list[pa.Field]:
     """Return the columns that the task adds to a row."""
@@ -40,7 +37,7 @@ def status(ask: Ask, answers: Sequence[Answer]) -> tuple[Status, Failure | None]
     ):
         return Status.TRUNCATED, None
     if fault := replies.fault(ask, done):
-        return Status.INVALID, Failure(answers[0].id, INVALID, fault)
+        return Status.INVALID, Failure(answers[0].id, fault.kind, fault.reason)
     return Status.OK, None
 
 

@@ -184,7 +184,7 @@ def test_the_official_client_reads_the_bodies(finished: Path) -> None:
 def test_an_answer_without_its_form_is_there_with_the_reason(finished: Path) -> None:
     line = next(each for each in read(finished / "out", ".jsonl") if each["custom_id"] == "h")
     assert line["response"]["body"]["choices"][0]["message"]["content"]
-    assert line["error"]["code"] == "invalid_answer"
+    assert line["error"]["code"] == "schema"
 
 
 def test_a_job_that_stopped_goes_on_to_the_same_lines(finished: Path, tmp_path: Path) -> None:

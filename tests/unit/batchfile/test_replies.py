@@ -146,11 +146,16 @@ def test_calls_that_are_none() -> None:
 def test_whole_answers_are_checked_for_their_form() -> None:
     grammar = Grammar("json_schema", json.dumps(SCHEMA))
     wanted = ask("chat", Write(grammar=grammar))
-    assert fault(wanted, [said('{"city": 1}', [60])]) == ""
-    assert "required" in fault(wanted, [said("{}", [60])])
-    assert fault(wanted, [said('{"city"', [60])]) != ""
-    assert fault(wanted, [said('{"city"', [60], LENGTH)]) == ""  # cut, not wrong
-    assert fault(ask("chat", tools={}), [said("<tool_call>", [60])])
+    assert fault(wanted, [said('{"city": 1}', [60])]) is None
+    assert fault(wanted, [said('{"city"', [60], LENGTH)]) is None  # cut, not wrong
+    for text, of, reason in (
+        ("{}", wanted, "'city' is a required property"),
+        ('{"city"', wanted, "no JSON"),
+        ("<tool_call>", ask("chat", tools={}), "has no end"),
+    ):
+        found = fault(of, [said(text, [60])])
+        assert found is not None
+        assert reason in found.reason
 
 
 @pytest.mark.parametrize("encoding", ["float", "base64"])
