@@ -266,8 +266,8 @@ def next_steps(report: RunReport, spec: str) -> Table:
     elif report.exit_code:
         steps = {
             f"quantbatch sample {spec}": "see prompts and answers",
-            f"pyarrow.dataset.dataset({report.output!r})": "rows with a status other than ok have "
-            "an error_type and an error_message",
+            f"quantbatch errors {spec}": "see which rows have no good answer, and why",
+            f"quantbatch retry {spec}": "answer those with an error again",
         }
     return facts([("next", "")] + [(f"  {command}", why) for command, why in steps.items()])
 

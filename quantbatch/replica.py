@@ -179,10 +179,11 @@ class Replica:
         if self._broken:
             return pack(chunk, row_layout.failed(facts.shard, self._broken))
         requests = self._requests(chunk, rows)
-        hits = await self._kept_answers(requests)
+        keys = self._keys_of(requests)
+        hits = await self._kept_answers(keys)
         rest = [request for request in requests if request.id not in hits]
         answers = hits | await asyncio.wrap_future(self._runner.submit(rest))
-        await self._keep(rest, answers)
+        await self._keep(rest, answers, keys)
         by_row: list[list[Answer]] = [[] for _ in range(rows.num_rows)]
         for request in requests:
             by_row[request.id.row].append(answers[request.id])
@@ -194,32 +195,39 @@ class Replica:
         facts = dataclasses.replace(facts, replica=self._measured())
         return pack(chunk, row_layout.with_facts(answered, facts))
 
-    async def _kept_answers(self, requests: Sequence[Request]) -> dict[RequestId, Answer]:
+    def _keys_of(self, requests: Sequence[Request]) -> dict[RequestId, bytes]:
+        """Return the keys of the requests whose answers may be kept; none without a cache."""
+        if self._answers is None:
+            return {}
+        found = ((request.id, self._keys.of(request)) for request in requests)
+        return {id: key for id, key in found if key is not None}
+
+    async def _kept_answers(self, keys: Mapping[RequestId, bytes]) -> dict[RequestId, Answer]:
         """Return the answers that the job's cache has."""
         if self._answers is None:
             return {}
-        keys = {request.id: self._keys.of(request) for request in requests}
-        wanted = list({key for key in keys.values() if key is not None})
-        found = await asyncio.to_thread(self._answers.find, wanted)
+        found = await asyncio.to_thread(self._answers.find, list(set(keys.values())))
         hits = {
-            id: dataclasses.replace(found[key], id=id)
-            for id, key in keys.items()
-            if key is not None and key in found
+            id: dataclasses.replace(found[key], id=id) for id, key in keys.items() if key in found
         }
         self._cached += len(hits)
         return hits
 
-    async def _keep(self, requests: Sequence[Request], answers: Mapping[RequestId, Answer]) -> None:
+    async def _keep(
+        self,
+        requests: Sequence[Request],
+        answers: Mapping[RequestId, Answer],
+        keys: Mapping[RequestId, bytes],
+    ) -> None:
         """Put new answers in the job's cache, before the chunk is committed: it is what was paid
         for.
         """
         if self._answers is None:
             return
         new = {
-            key: answers[request.id]
+            keys[request.id]: answers[request.id]
             for request in requests
-            if not isinstance(answers[request.id], Failure)
-            and (key := self._keys.of(request)) is not None
+            if request.id in keys and not isinstance(answers[request.id], Failure)
         }
         await asyncio.to_thread(self._answers.keep, new)
 

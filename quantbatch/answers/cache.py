@@ -57,7 +57,9 @@ ROWS_PER_GROUP = 2048
 GROUPS_HELD = 16
 READS_AT_ONCE = 16
 LOOK_EVERY_S = 30.0
-"""Seconds between two looks for new files, or 20 times what the last look took."""
+"""Seconds between two looks for new files, unless looking takes long."""
+LOOK_SHARE = 1 / 20
+"""Most of its time that a replica spends on looking."""
 REST_S = 60.0
 """How long a cache that can't be reached is left alone."""
 
@@ -187,7 +189,7 @@ class AnswerCache:
         self._learn(packs)
         self._learn(sorted((name for name in there if not name.endswith(PACK)), reverse=True))
         took = time.monotonic() - started
-        self._look_at = time.monotonic() + max(LOOK_EVERY_S, 20 * took)
+        self._look_at = time.monotonic() + max(LOOK_EVERY_S, took / LOOK_SHARE)
         if self._index.full:
             logger.warning("answers_cache has more than %d answers: the rest is unseen", MOST_KEYS)
 

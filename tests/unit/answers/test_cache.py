@@ -62,6 +62,7 @@ ALL_KINDS: list[Answer] = [
 def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda _: None)
     monkeypatch.setattr(caching, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(caching, "LOOK_SHARE", float("inf"))
 
 
 @pytest.fixture
