@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from quantbatch.batchfile.bodies import read_request
 from quantbatch.batchfile.refusals import BAD_REQUEST, UNSUPPORTED, bad
-from quantbatch.errors import ModelError, RowError
+from quantbatch.errors import RowError
 from quantbatch.prompts.rendering import ChatTemplate, Prompts
 from quantbatch.prompts.tokens import ControlTokens, Encoder, MarkedText
 from quantbatch.records import from_token_lists
@@ -60,11 +60,9 @@ class RequestRenderer:
         self._pooling = spec.task.pooling
         self._room = max_prompt_tokens + spec.sampling.max_new_tokens
         self._vocabulary = len(tokenizer)
-        try:
-            self._chat: ChatTemplate | None = ChatTemplate(spec.prompt, tokenizer)
-        except ModelError:
-            self._chat = None  # a base model: chats are error rows, the other kinds are answered
-        self._control = ControlTokens(tokenizer, self._chat.source if self._chat else "")
+        # That of a base model is empty: chats are error rows then, other requests are answered.
+        self._chat = ChatTemplate(spec.prompt, tokenizer)
+        self._control = ControlTokens(tokenizer, self._chat.source)
         limits: Any = {"limit": max_prompt_tokens, "too_long": "error"}
         self._of_chats = Encoder(tokenizer, self._control, adds_special=False, **limits)
         self._of_texts = Encoder(tokenizer, self._control, adds_special=True, **limits)
@@ -113,10 +111,8 @@ class RequestRenderer:
     def _chat_text(
         self, conversation: Conversation, tools: list[dict[str, Any]] | None
     ) -> MarkedText:
-        if self._chat is None:
+        if not self._chat.source:
             raise RowError(UNSUPPORTED, "url: the model has no chat template")
-        if tools and "tools" not in self._chat.source:
-            raise RowError(UNSUPPORTED, "tools: the model's chat template knows no tools")
         conversation = [self._known_role(message) for message in conversation]
         marked = self._control.within([conversation, tools])
         if marked:
@@ -124,11 +120,12 @@ class RequestRenderer:
         text = self._chat.render_one(conversation, tools)
         if isinstance(text, RowError):
             raise text
+        if tools and text == self._chat.render_one(conversation):
+            raise RowError(UNSUPPORTED, "tools: the model's chat template shows it no tools")
         return MarkedText(text, marked)
 
     def _known_role(self, message: dict[str, Any]) -> dict[str, Any]:
         """Return a developer's message as the system's, unless the template knows developers."""
-        assert self._chat is not None
         if message["role"] == "developer" and "developer" not in self._chat.source:
             return message | {"role": "system"}
         return message

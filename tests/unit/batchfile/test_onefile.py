@@ -12,7 +12,16 @@ from quantbatch.batchfile import onefile
 from quantbatch.cli import app
 from quantbatch.errors import JobError, Refused
 from quantbatch.specfile import load_spec
-from tests.unit.batchfile.test_outputs import ANSWERED, LINES, MODEL, chat, run_here
+from tests.unit.batchfile.test_outputs import (
+    ANSWERED,
+    LINES,
+    MODEL,
+    chat,
+    run_here,
+    without_open_files,
+)
+
+__all__ = ["without_open_files"]  # a fixture, for every test here too
 
 ECHO = ["engine.kind=echo", "sampling.max_new_tokens=8", "output.rows_per_part=6"]
 

@@ -25,7 +25,7 @@ from quantbatch.spec import JobSpec
 from quantbatch.verify import verify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 MODEL = Path(__file__).parents[3] / "configs" / "quickstart" / "model"
 CHAT, COMPLETION, EMBEDDING = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -104,6 +104,12 @@ def run_here(spec: JobSpec, *, chunks: int | None = None) -> None:
         job.ledger.record_published(published)
     if job.ledger.finished:
         job.ledger.succeed()
+
+
+@pytest.fixture(autouse=True)
+def without_open_files() -> Iterator[None]:
+    """Close what readers keep open for the next slice."""
+    yield
     while sources._PAUSED:
         sources._PAUSED.popitem()[1].close()
 
