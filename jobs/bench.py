@@ -4,6 +4,7 @@
     python jobs/bench.py plan        a job of 100,000,000 rows: to the first commit, and half done
     python jobs/bench.py startup     from `quantbatch run` to the first committed row, by part
     python jobs/bench.py engine      the engine against generate, pipeline, continuous batching
+    python jobs/bench.py label       labels, scores and vectors against generating and padded loops
     python jobs/bench.py engine-job  a job through Ray against its engine alone; two replicas
     python jobs/bench.py peers       the engine against those of other packages, if installed
     python jobs/bench.py gpu ...     a card: memory, speed, loading; its help lists the parts
@@ -228,6 +229,36 @@ def engine(
     ]
     _print({"benchmark": "engine", "cases": documents})
     _agree(documents)
+
+
+@app.command()
+def label(
+    cases: Cases = ["classify-32", "classify-4", "score-32", "embed-32"],  # noqa: B006
+    rows: int = 128,
+    repetitions: int = 2,
+    threads: int = 2,
+) -> None:
+    """Labels, scores and vectors against generating them, and against padded loops."""
+    documents = [
+        _in_own_process("run-label", case=case, rows=rows, repetitions=repetitions, threads=threads)
+        for case in cases
+    ]
+    _print({"benchmark": "label", "cases": documents})
+
+
+@app.command("run-label", hidden=True)
+def run_label(
+    case: str = "classify-32", rows: int = 128, repetitions: int = 2, threads: int = 2
+) -> None:
+    """Run one case in this process and print its figures."""
+    from jobs.enginebench import model
+    from jobs.labelbench import race
+
+    with tempfile.TemporaryDirectory(prefix="quantbatch-bench-") as name:
+        folder = Path(name, "model")
+        parameters = model.write(folder)
+        found = race.race(folder, case, rows=rows, repetitions=repetitions, threads=threads)
+    print(json.dumps({"parameters": parameters} | found))
 
 
 @app.command("run-engine", hidden=True)
