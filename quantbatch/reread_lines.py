@@ -51,7 +51,7 @@ def part_schema(store: Store, key: str) -> pa.Schema:
         Unreadable: It is damaged.
     """
     if is_lines(key):
-        return _SCHEMA
+        return _schema_of(next(_merged(store, key), {}))
     with open_parquet(store, key) as file:
         return file.schema_arrow
 
@@ -76,8 +76,12 @@ def part_batches(store: Store, key: str, columns: list[str] | None) -> Iterator[
 
 
 def _table(rows: list[dict[str, Any]], columns: list[str] | None) -> pa.Table:
-    table = pa.Table.from_pylist(rows, schema=_SCHEMA)
+    table = pa.Table.from_pylist(rows, schema=_schema_of(rows[0]))
     return table if columns is None else table.select(columns)
+
+
+def _schema_of(row: dict[str, Any]) -> pa.Schema:
+    return _SCHEMA.append(pa.field("cached", pa.bool_())) if "cached" in row else _SCHEMA
 
 
 def _merged(store: Store, key: str) -> Iterator[dict[str, Any]]:
@@ -116,7 +120,8 @@ def _row(line: dict[str, Any], *, failed: bool) -> dict[str, Any]:
         Unreadable: The line has not the form of one.
     """
     try:
-        return _failed_row(line) if failed else _answered_row(line)
+        found = _failed_row(line) if failed else _answered_row(line)
+        return found | ({"cached": line["cached"]} if "cached" in line else {})
     except (KeyError, TypeError, AttributeError) as error:
         raise Unreadable(f"the line {line['id']} has not the form of one: {error!r}") from error
 

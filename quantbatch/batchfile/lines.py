@@ -5,6 +5,8 @@ A request that was refused has a response all the same, with the status and the 
 API answers; one that could not even be read has none, and an `error` instead. An answer that is
 whole but has not the form that its request asked for is in the output file, with both.
 
+Where the job has a cache of answers, each line tells with `cached` whether its answers were there.
+
 The id of a line counts the rows of its shard. So the two files can be put together again in the
 order of the input, as `verify` does.
 """
@@ -103,6 +105,8 @@ def line_of(row: Mapping[str, Any], id: str, created: int) -> str:
         body = {"error": _refusal(kind, why)}
         response = {"status_code": status, "request_id": request_id, "body": body}
     line = {"id": id, "custom_id": row["custom_id"], "response": response, "error": error}
+    if "cached" in row:
+        line["cached"] = row["cached"]
     return json.dumps(line, ensure_ascii=False).translate(_LINE_BREAKS) + "\n"
 
 

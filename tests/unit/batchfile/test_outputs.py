@@ -221,6 +221,18 @@ def test_the_same_as_parquet(tmp_path: Path) -> None:
     assert json.loads(rows[0]["response"])["usage"]["completion_tokens"] == 5
 
 
+def test_lines_tell_what_a_cache_of_answers_had(tmp_path: Path) -> None:
+    lines = [chat("a", temperature=0), chat("b", temperature=0), "no json"]
+    cache = {"uri": str(tmp_path / "cache")}
+    run_here(spec_of(tmp_path, lines, answers_cache=cache))
+    assert [each["cached"] for each in read(tmp_path / "out", ".jsonl")] == [False, False]
+    again = spec_of(tmp_path, lines, answers_cache=cache, output={"uri": str(tmp_path / "again")})
+    run_here(again)
+    assert [each["cached"] for each in read(tmp_path / "again", ".jsonl")] == [True, True]
+    assert [each["cached"] for each in read(tmp_path / "again", ".errors.jsonl")] == [False]
+    assert verify(again).outcome == "proven"
+
+
 def test_a_custom_id_that_comes_twice_is_refused_before_the_run(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, [*LINES, chat("a")])
     with pytest.raises(InputError, match=r"duplicate key 'a' in column custom_id: in\.jsonl:0"):
