@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from quantbatch.errors import Refused
 from quantbatch.records import Again
 from quantbatch.storage import PRIVATE
 
@@ -82,10 +83,20 @@ class Retry:
 
     @classmethod
     def from_bytes(cls, number: int, data: bytes, *, done: bool = False) -> Retry:
-        """Read what `to_bytes` wrote."""
-        table = pq.read_table(pa.BufferReader(data))
-        facts = json.loads(table.schema.metadata[b"quantbatch"])
-        return cls(number, facts["asked"], table.replace_schema_metadata(None), done)
+        """Read what `to_bytes` wrote.
+
+        Raises:
+            Refused: It is damaged.
+        """
+        try:
+            table = pq.read_table(pa.BufferReader(data))
+            asked = json.loads(table.schema.metadata[b"quantbatch"])["asked"]
+        except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+            raise Refused(
+                f"{list_key(number)}: damaged: {error}",
+                "restore it from a copy: it says which rows were answered again",
+            ) from error
+        return cls(number, asked, table.replace_schema_metadata(None), done)
 
 
 def list_of(rows: Iterable[tuple[int, int]]) -> pa.Table:

@@ -264,3 +264,12 @@ def test_a_list_says_what_it_ran_with(spec: JobSpec) -> None:
     noted = pq.read_schema(f"{spec.output.uri}/_quantbatch/retries/0001.parquet").metadata
     assert b'"max_new_tokens": 512' in noted[b"quantbatch"]
     assert reopened(spec).counts == ledger.counts
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1", b"x" * 5000])
+def test_a_damaged_list_is_one_error(spec: JobSpec, damage: bytes) -> None:
+    ledger = reopened(spec)
+    begin(ledger)
+    ledger.store.put("_quantbatch/retries/0001.parquet", damage)
+    with pytest.raises(Refused, match=r"retries/0001\.parquet: damaged"):
+        reopened(spec)
