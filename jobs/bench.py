@@ -10,6 +10,7 @@
     python jobs/bench.py gpu ...     a card: memory, speed, loading; its help lists the parts
     python jobs/bench.py loading     quantizing at load against the cache: seconds, bytes, memory
     python jobs/bench.py grammar     libraries of token masks, at a vocabulary of 150,000
+    python jobs/bench.py structured  structured JSON against free text of as many tokens
 
 In the first three the engine is `echo`, which answers with the beginning of the prompt: everything
 else is real, the tokenizer of the quickstart's model included. The others are in `enginebench`.
@@ -393,6 +394,38 @@ def run_grammar(library: str = "llguidance", words: int = 150_000) -> None:
     tokenizer = vocabulary.make(words)
     found = grammars.measure(library, tokenizer, words)
     print(json.dumps({"library": library, "words": words} | found))
+
+
+@app.command()
+def structured(rows: int = 128, rounds: int = 3, threads: int = 1) -> None:
+    """Structured JSON against free text of as many tokens, at two sizes of vocabulary."""
+    runs = [
+        _in_own_process("run-structured", words=4096, rows=rows, rounds=rounds, threads=threads),
+        _in_own_process(
+            "run-structured",
+            words=4096,
+            rows=rows,
+            rounds=rounds,
+            threads=threads,
+            temperature="1",
+        ),
+        _in_own_process("run-structured", words=150_000, rows=64, rounds=2, threads=threads),
+    ]
+    _print({"benchmark": "structured", "threads": threads, "runs": runs})
+
+
+@app.command("run-structured", hidden=True)
+def run_structured(
+    words: int = 4096, rows: int = 128, rounds: int = 3, threads: int = 1, temperature: float = 0.0
+) -> None:
+    """Measure both kinds of answers in this process and print the figures."""
+    import torch
+
+    from jobs.labelbench import structured as measured
+
+    torch.set_num_threads(threads)
+    found = measured.measure(words, rows=rows, rounds=rounds, temperature=temperature)
+    print(json.dumps(found))
 
 
 @app.command("write-models", hidden=True)

@@ -6,13 +6,14 @@ What it returns is all that a run, a plan or a sample needs.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
-from quantbatch import rows, sizing, storage, tasks
+from quantbatch import rows, sizing, storage, structured, tasks
 from quantbatch.answers.cache import Space
 from quantbatch.errors import DoesNotFit, InputError, JobError, Refused, SpecError
 from quantbatch.input import keys, listing
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from quantbatch.model.memory import MemoryPlan
     from quantbatch.spec import JobSpec
 
+logger = logging.getLogger(__name__)
+
+BYTES = [bytes([byte]) for byte in range(256)]
 MAX_AUTO_INPUT_TOKENS = 8192
 """Longest prompt that `max_input_tokens: auto` lets in: at 256 KiB a token, which is what a 32B
 model's cache takes, 8,192 tokens are 2 GiB of a card."""
@@ -137,6 +141,7 @@ def examine(spec: JobSpec, *, extend: bool = False) -> Job:
     listed = first.listed if first else _listing(spec, ledger)
     plan, new = _whole_plan(spec, ledger, listed, extend=extend, fresh=first and first.plan)
     _check_columns(spec, plan, checkpoint)
+    _warn_of_long_forms(spec, checkpoint)
     kept = tuple(rows.kept_columns(spec.output, plan.schema, plan.partition_keys))
     target = ledger.output_format(rows.output_schema(spec, kept, plan.schema))
     if new and spec.input.key:
@@ -438,6 +443,24 @@ def check_task_columns(spec: JobSpec, schema: pa.Schema) -> None:
 def is_text(kind: pa.DataType) -> bool:
     """Tell whether a column of a type holds texts."""
     return kind in (pa.string(), pa.large_string(), pa.null())
+
+
+def _warn_of_long_forms(spec: JobSpec, checkpoint: Checkpoint) -> None:
+    """Say so if no valid answer is short enough; see `structured.fewest_tokens`."""
+    response = spec.task.response if isinstance(spec.task, Generate) else None
+    grammar = structured.grammar_of(response) if response else None
+    most = spec.sampling.max_new_tokens
+    if grammar is None or structured.fewest_tokens(grammar, BYTES) <= most:
+        return  # no vocabulary needs more tokens than there are bytes
+    words = structured.words_of_tokenizer(counting_tokenizer(checkpoint))
+    fewest = structured.fewest_tokens(grammar, words)
+    if fewest > most:
+        logger.warning(
+            "sampling.max_new_tokens: %d, but each answer to task.response needs %d or more: all"
+            " will be truncated",
+            most,
+            fewest,
+        )
 
 
 def _check_columns(spec: JobSpec, plan: Plan, checkpoint: Checkpoint) -> None:

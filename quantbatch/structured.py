@@ -295,6 +295,9 @@ def _cover(part: bytes, vocabulary: bytes, reach: int) -> int:
     return 1 if fewest[size] == float("inf") else int(fewest[size])
 
 
-def words_of(tokenizer: LLTokenizer) -> Sequence[bytes]:
-    """Return the bytes of each token that llguidance found in a vocabulary."""
-    return [tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size)]
+def words_of_tokenizer(tokenizer: Any) -> Sequence[bytes]:  # noqa: ANN401 - of transformers
+    """Return the bytes of each token of a fast tokenizer."""
+    from llguidance.hf import from_tokenizer
+
+    found = from_tokenizer(tokenizer)
+    return [found.decode_bytes([token]) for token in range(found.vocab_size)]

@@ -201,3 +201,25 @@ def test_a_job_planned_for_a_card_is_not_judged_by_the_cluster_again(folder: Pat
     require_fit(job, ["AMD-Instinct-MI100"])
     named = {"cluster": {"card": "T4"}, "engine": {"kind": "static"}}
     require_fit(prepare(make_spec(folder, **named)), ["T4"])
+
+
+def test_a_form_that_no_answer_is_long_enough_for_is_warned_of(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    schema = {
+        "type": "object",
+        "properties": {name: {"type": "string"} for name in ("zq1xw", "qzx2j")},
+        "required": ["zq1xw", "qzx2j"],
+    }
+    task = {"kind": "generate", "response": {"json_schema": schema}}
+    prepare(make_spec(folder, task=task, sampling={"max_new_tokens": 64}))
+    assert not caplog.records
+    prepare(make_spec(folder, task=task, sampling={"max_new_tokens": 3}))
+    [record] = caplog.records
+    assert "sampling.max_new_tokens: 3" in record.getMessage()
+
+
+def test_a_form_that_can_not_be_compiled_is_refused(folder: Path) -> None:
+    task = {"kind": "generate", "response": {"json_schema": {"type": "strin"}}}
+    with pytest.raises(JobError, match=r"task\.response\.json_schema: \$\.type: 'strin'"):
+        prepare(make_spec(folder, task=task))

@@ -1,0 +1,143 @@
+"""Structured JSON against free text: the same model, prompts and numbers of tokens, batch 32.
+
+The structured answers come first, once; the free ones then have as many tokens, row by row, for the
+model never ends an answer by itself. Both are timed in turns, and the structured ones checked: each
+that was not cut off is valid.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+
+from jobs.enginebench.model import SEED, SHAPE, TOKENIZER
+from jobs.labelbench import vocabulary
+from jobs.labelbench.grammars import SCHEMA
+from quantbatch import structured
+from quantbatch.engine.continuous import ContinuousEngine, EngineLimits
+from quantbatch.prompts.tokens import load_tokenizer
+from quantbatch.records import Completion, FinishReason, Request, RequestId
+from quantbatch.spec import Sampling
+from quantbatch.wants import Grammar, Write
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+hf: Any = transformers
+
+BATCH = 32
+PROMPT_TOKENS = 60, 200
+NEW_TOKENS = 80
+FORM = Grammar("json_schema", json.dumps(SCHEMA))
+
+
+def measure(words: int, *, rows: int, rounds: int, temperature: float) -> dict[str, Any]:
+    """Return tokens/s of both, each the median of the rounds.
+
+    Args:
+        words: Size of the vocabulary; 4,096 is that of the quickstart's tokenizer.
+        rows: Number of prompts.
+        rounds: How often each contender runs.
+        temperature: Of both.
+    """
+    tokenizer = (
+        load_tokenizer(TOKENIZER) if words == SHAPE["vocab_size"] else vocabulary.make(words)
+    )
+    model = _model(words, tokenizer)
+    forms = _requests(rows, words, temperature)
+    answers = _timed(model, tokenizer, forms)[1]
+    free = [
+        Request(r.id, r.prompt_ids, _sampling(len(answers[r.id].token_ids), temperature), r.seed)
+        for r in forms
+    ]
+    seconds: dict[str, list[float]] = {"structured": [], "free": []}
+    for _ in range(rounds):
+        for name, requests in (("structured", forms), ("free", free)):
+            took_s, found = _timed(model, tokenizer, requests)
+            assert all(len(found[r.id].token_ids) == len(answers[r.id].token_ids) for r in forms)
+            seconds[name].append(took_s)
+    tokens = sum(len(answer.token_ids) for answer in answers.values())
+    rates = {name: tokens / statistics.median(times) for name, times in seconds.items()}
+    whole = [a for a in answers.values() if a.finish_reason is FinishReason.STOP]
+    return {
+        "words": words,
+        "rows": rows,
+        "temperature": temperature,
+        "tokens": tokens,
+        "complete": len(whole),
+        "valid": sum(structured.fault(FORM, answer.text) is None for answer in whole),
+        "structured_tokens_per_s": round(rates["structured"]),
+        "free_tokens_per_s": round(rates["free"]),
+        "share_of_free": round(rates["structured"] / rates["free"], 3),
+        "seconds": {name: [round(each, 2) for each in times] for name, times in seconds.items()},
+    }
+
+
+def _model(words: int, tokenizer: Any) -> Any:
+    config = hf.LlamaConfig(
+        **SHAPE | {"vocab_size": words},
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    torch.manual_seed(SEED)
+    model = hf.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        # No answer ends by itself, see `enginebench.model`; and none by chance, if it is drawn.
+        model.lm_head.weight[tokenizer.all_special_ids] = 0.0
+    return model
+
+
+def _sampling(tokens: int, temperature: float) -> Sampling:
+    # Drawn, a free answer might end before the structured one did.
+    least = tokens if temperature else 0
+    return Sampling(max_new_tokens=tokens, min_new_tokens=least, temperature=temperature)
+
+
+def _requests(rows: int, words: int, temperature: float) -> list[Request]:
+    draw = np.random.default_rng(SEED)
+    sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=temperature)
+    return [
+        Request(
+            RequestId(0, row),
+            tuple(draw.integers(300, words - 1, int(draw.integers(*PROMPT_TOKENS))).tolist()),
+            sampling,
+            row,
+            want=Write(grammar=FORM),
+        )
+        for row in range(rows)
+    ]
+
+
+def _timed(
+    model: Any, tokenizer: Any, requests: Sequence[Request]
+) -> tuple[float, dict[RequestId, Completion]]:
+    """Answer requests with an engine of their own; its making is not timed, nor its first row."""
+    tokens = BATCH * (PROMPT_TOKENS[1] + NEW_TOKENS)
+    model.set_attn_implementation("sdpa")
+    engine = ContinuousEngine(model, tokenizer, EngineLimits(BATCH, tokens, 512))
+    _answered(engine, requests[:1])  # the vocabulary is read at the first grammar, in a second
+    gc.collect()
+    began = time.perf_counter()
+    found = _answered(engine, requests)
+    took_s = time.perf_counter() - began
+    engine.close()
+    return took_s, found
+
+
+def _answered(engine: ContinuousEngine, requests: Sequence[Request]) -> dict[RequestId, Completion]:
+    engine.add(requests)
+    found: dict[RequestId, Completion] = {}
+    while engine.has_work():
+        for answer in engine.step():
+            assert isinstance(answer, Completion), answer
+            found[answer.id] = answer
+    return found
