@@ -128,6 +128,8 @@ def examine(spec: JobSpec, *, extend: bool = False) -> Job:
     _check_tokens(spec, checkpoint)
     rendering.compile_templates(spec.prompt)
     rendering.require_chat_template(spec.prompt, checkpoint.chat_template)
+    if isinstance(spec.task, Generate):
+        rendering.require_tools(spec.task.tools, checkpoint.chat_template)
     max_input_tokens = input_limit(spec, checkpoint)
     spec = with_dimensions(spec, checkpoint)
     check_labels(spec, checkpoint, max_input_tokens)

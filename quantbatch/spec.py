@@ -274,6 +274,19 @@ class Generate(Section):
     response: Response | None = None
     """The form of the answer; null leaves it free. An answer that is cut off has the status
     `truncated`, one that has another form all the same `invalid`, with the reason."""
+    tools: list[dict[str, Any]] = []
+    """Tools that the model is told of, as its chat template takes them: {type: function, function:
+    {name, description, parameters}}. Adds `tool_calls`, the calls in the answer: name, and
+    arguments as JSON text. It is null where the model's way of writing them is not known (known
+    are those of Qwen and Hermes, Llama 3.1, and Mistral), and for calls that are none, which are
+    `invalid`."""
+
+    @model_validator(mode="after")
+    def _calls_are_free(self) -> Self:
+        if self.tools and self.response is not None:
+            raise ValueError("give either response or tools: an answer of a form calls no tool")
+        json.dumps(self.tools, allow_nan=False)
+        return self
 
 
 class BatchRequests(Section):

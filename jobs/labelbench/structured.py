@@ -34,7 +34,7 @@ hf: Any = transformers
 
 BATCH = 32
 PROMPT_TOKENS = 60, 200
-NEW_TOKENS = 80
+NEW_TOKENS = 160
 FORM = Grammar("json_schema", json.dumps(SCHEMA))
 
 

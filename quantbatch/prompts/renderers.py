@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from quantbatch.batchfile.prompts import RequestRenderer
 from quantbatch.prompts.asking import Asker
 from quantbatch.prompts.rendering import Renderer
-from quantbatch.spec import Classify, Embed, Score
+from quantbatch.spec import Classify, Embed, Generate, Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,4 +43,10 @@ def renderer_of(
             max_prompt_tokens=max_prompt_tokens,
             too_long=too_long,
         )
-    return Renderer(spec.prompt, tokenizer, max_prompt_tokens=max_prompt_tokens, too_long=too_long)
+    return Renderer(
+        spec.prompt,
+        tokenizer,
+        max_prompt_tokens=max_prompt_tokens,
+        too_long=too_long,
+        tools=spec.task.tools if isinstance(spec.task, Generate) else None,
+    )

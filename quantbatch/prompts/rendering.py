@@ -27,6 +27,8 @@ from quantbatch.errors import ModelError, RowError, SpecError
 from quantbatch.prompts.templates import RowTemplate, check_columns, missing_column
 from quantbatch.prompts.tokens import ControlTokens, Encoder, MarkedText
 from quantbatch.records import from_token_lists
+from quantbatch.toolcalls import family_of
+from quantbatch.wants import Ask
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -135,21 +137,44 @@ class PromptText(NamedTuple):
     """What the text was rendered from, in the format `chat`."""
 
 
+def require_tools(tools: list[dict[str, Any]] | None, chat_template: str | None) -> None:
+    """Refuse tools that a model's chat template would not tell it of.
+
+    Raises:
+        ModelError: It knows none.
+    """
+    if tools and "tools" not in (chat_template or ""):
+        raise ModelError(
+            "task.tools: the model's chat template knows no tools",
+            "use a model that was trained to call them, or describe them in the prompt",
+        )
+
+
 class ChatTemplate:
     """The model's chat template.
 
     Args:
         prompt: The spec's prompt.
         tokenizer: The model's.
+        tools: Tools that every conversation has.
     """
 
-    def __init__(self, prompt: spec.Prompt, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        prompt: spec.Prompt,
+        tokenizer: PreTrainedTokenizerBase,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> None:
+        self._tools = tools or None
         try:
             template: str | None = tokenizer.get_chat_template()
         except ValueError:
             template = None
         require_chat_template(prompt, template)
         self.source = template or ""
+        require_tools(tools, template)
+        self.family = family_of(self.source) if tools else None
+        """How the model writes calls of the tools, if that is known."""
         self._variables: dict[str, Any] = {
             "add_generation_prompt": True,
             **tokenizer.special_tokens_map,
@@ -180,7 +205,7 @@ class ChatTemplate:
 
         rendered: Any = render_jinja_template(
             conversations=conversations,
-            tools=cast("Any", tools),
+            tools=cast("Any", tools or self._tools),
             chat_template=self.source,
             **self._variables,
         )
@@ -197,6 +222,7 @@ class Renderer:
         max_prompt_tokens: Longest prompt: the smaller of the engine's `max_input_tokens` and what
             the model's context leaves beside `max_new_tokens`.
         too_long: What becomes of a longer one.
+        tools: Tools that the model is told of.
 
     Raises:
         SpecError: A template is wrong.
@@ -210,10 +236,11 @@ class Renderer:
         *,
         max_prompt_tokens: int,
         too_long: TooLong = "error",
+        tools: list[dict[str, Any]] | None = None,
     ) -> None:
-        self._arguments = (prompt, tokenizer, max_prompt_tokens, too_long)
+        self._arguments = (prompt, tokenizer, max_prompt_tokens, too_long, tools)
         self._prompt = prompt
-        self._chat = ChatTemplate(prompt, tokenizer) if prompt.format == "chat" else None
+        self._chat = ChatTemplate(prompt, tokenizer, tools) if prompt.format == "chat" else None
         source = self._chat.source if self._chat else prompt.template or ""
         self._roles = ROLES | set(re.findall(r"""['"](\w+)['"]""", source))
         self.control = ControlTokens(tokenizer, source)
@@ -245,7 +272,14 @@ class Renderer:
         errors: dict[int, RowError] = {}
         token_ids = self.encode(self.texts(rows, errors), errors)
         lists = [token_ids.get(row) for row in range(rows.num_rows)]
-        return Prompts(from_token_lists(lists), dict(sorted(errors.items())))
+        return Prompts(from_token_lists(lists), dict(sorted(errors.items())), self._asks(rows))
+
+    def _asks(self, rows: pa.Table) -> pa.Array | None:
+        """Return what rows ask for: to have calls of tools read as this model writes them."""
+        family = self._chat.family if self._chat else None
+        if family is None:
+            return None
+        return pa.repeat(Ask(about={"tool_calls": family}).to_json(), rows.num_rows)
 
     def texts(self, rows: pa.Table, errors: dict[int, RowError]) -> dict[int, PromptText]:
         """Return the text of each row; one without gets an error instead."""
@@ -403,9 +437,13 @@ class Renderer:
 
 
 def _renderer(
-    prompt: spec.Prompt, tokenizer: PreTrainedTokenizerBase, limit: int, too_long: TooLong
+    prompt: spec.Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    too_long: TooLong,
+    tools: list[dict[str, Any]] | None,
 ) -> Renderer:
-    return Renderer(prompt, tokenizer, max_prompt_tokens=limit, too_long=too_long)
+    return Renderer(prompt, tokenizer, max_prompt_tokens=limit, too_long=too_long, tools=tools)
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from quantbatch import structured
+from quantbatch import structured, toolcalls
 from quantbatch.errors import JobError, RowError, SpecError
 from quantbatch.records import Completion, Failure, FinishReason
 from quantbatch.spec import Generate, Response
@@ -54,6 +54,11 @@ def check(spec: JobSpec, task: Generate, columns: Collection[str]) -> None:
         SpecError: With the field and the reason.
     """
     response = task.response
+    if task.tools and spec.prompt.format == "text":
+        raise _wrong(
+            "task.tools: the model's chat template tells of them, and prompt.format is text",
+            "set prompt.format: chat",
+        )
     if response is None:
         if spec.output.explode:
             raise _wrong("output.explode: there is no task.response.json_schema", "give one")
@@ -160,6 +165,8 @@ def verdict(spec: JobSpec, ask: Ask, answer: Answer) -> Verdict:
     """Look at an answer again, from its text alone; of one that was cut off there is none."""
     assert isinstance(spec.task, Generate)
     grammar = want(spec.task, ask).grammar
+    if spec.task.tools:
+        return _calls(ask, answer)
     if (
         grammar is None
         or not isinstance(answer, Completion)
@@ -179,6 +186,20 @@ def verdict(spec: JobSpec, ask: Ask, answer: Answer) -> Verdict:
     except ValueError as error:
         return Verdict(Failure(answer.id, "schema", str(error)))
     return Verdict(values=values)
+
+
+def _calls(ask: Ask, answer: Answer) -> Verdict:
+    if (
+        not ask.about
+        or not isinstance(answer, Completion)
+        or answer.finish_reason is FinishReason.LENGTH
+    ):
+        return Verdict()
+    try:
+        calls = toolcalls.parse(ask.about["tool_calls"], answer.text)
+    except ValueError as error:
+        return Verdict(Failure(answer.id, "tool_call", str(error)))
+    return Verdict(values={"tool_calls": [call._asdict() for call in calls]})
 
 
 def exploded(spec: JobSpec) -> list[pa.Field]:

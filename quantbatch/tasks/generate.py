@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from quantbatch.records import Completion, Failure, FinishReason, Status
+from quantbatch.spec import Generate
 from quantbatch.tasks import formed
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from quantbatch.spec import JobSpec
     from quantbatch.wants import Ask
 
+_CALLS = pa.list_(pa.struct([("name", pa.string()), ("arguments", pa.string())]))
 _TOP = pa.list_(pa.struct([("token_id", pa.int32()), ("logprob", pa.float32())]))
 """The likeliest tokens in the place of one."""
 
@@ -47,6 +49,8 @@ def fields(spec: JobSpec) -> list[pa.Field]:
     if sampling.logprobs:
         types["top_logprobs"] = pa.list_(_TOP)
     types |= {field.name: field.type for field in formed.exploded(spec)}
+    if isinstance(spec.task, Generate) and spec.task.tools:
+        types["tool_calls"] = _CALLS
     several = sampling.n > 1
     return [pa.field(name, pa.list_(kind) if several else kind) for name, kind in types.items()]
 
@@ -128,6 +132,6 @@ def _values(spec: JobSpec, ask: Ask, sample: Completion) -> dict[str, Any]:
     if sample.logprobs is not None:  # an engine without a model has none
         values["logprobs"] = [token.logprob for token in sample.logprobs]
         values["top_logprobs"] = [token.top for token in sample.logprobs]
-    if spec.output.explode:
+    if spec.output.explode or (isinstance(spec.task, Generate) and spec.task.tools):
         values |= formed.verdict(spec, ask, sample).values or {}
     return values
