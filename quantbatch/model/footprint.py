@@ -247,7 +247,9 @@ def part_of(tensor: TensorInfo, checkpoint: Checkpoint) -> Part:
     if "experts" in module.split("."):
         return Part.EXPERT
     is_matrix = tensor.name.endswith(".weight") and len(tensor.shape) == 2
-    is_special = last in HEADS or last in ROUTERS or EMBEDDING.search(last)
+    # Granite's router is a layer within, in its files only (5.23).
+    is_router = last in ROUTERS or module.endswith(".router.layer")
+    is_special = last in HEADS or is_router or EMBEDDING.search(last)
     passed_over = checkpoint.config.get("model_type") in UNQUANTIZED_MODELS
     return Part.LINEAR if is_matrix and not is_special and not passed_over else Part.KEPT
 

@@ -93,6 +93,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi3": {},  # fused projections
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     "mixtral": {"num_local_experts": 4},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "cohere2": {"sliding_window": 32, "head_dim": 32},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
 }
 
