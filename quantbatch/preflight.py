@@ -264,12 +264,24 @@ def _listing(spec: JobSpec, ledger: Ledger) -> Listing:
         return listing.Listing(root, ())
 
 
+def check_weight_cache(spec: JobSpec) -> None:
+    """Refuse a cache of weights nowhere, or in the output, which is for the job's own files."""
+    if spec.model.cache is None:
+        return
+    cache = storage.open_store(spec.model.cache, spec.model.cache_storage).uri
+    output = storage.open_store(spec.output.uri, spec.output.storage).uri
+    if f"{cache}/".startswith(f"{output}/"):
+        raise Refused(
+            f"model.cache {spec.model.cache} lies in the output {spec.output.uri}",
+            "choose another model.cache: jobs may share one",
+        )
+
+
 def check_places(spec: JobSpec) -> None:
     """Refuse an output among the input, an input among the output, and a cache nowhere."""
     if spec.answers_cache:
         storage.open_store(spec.answers_cache.uri, spec.answers_cache.storage)
-    if spec.model.cache:
-        storage.open_store(spec.model.cache, spec.model.cache_storage)
+    check_weight_cache(spec)
     uris = [spec.input.uri] if isinstance(spec.input.uri, str) else spec.input.uri
     output = storage.open_store(spec.output.uri, spec.output.storage).uri
     for uri in uris:

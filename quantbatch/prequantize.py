@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantbatch.documents import describe_model
 from quantbatch.errors import JobError, SpecError
-from quantbatch.preflight import settled
+from quantbatch.preflight import check_weight_cache, settled
 from quantbatch.sample import best_device
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def prequantize(
     if spec.model.cache is None:
         hint = "set it: --set model.cache=s3://my-bucket/weights, or a folder"
         raise SpecError(JobError("model.cache: the spec names no cache to fill", hint))
+    check_weight_cache(spec)
     spec = settled(spec).resolved()
     fill = _fill_there if on_cluster else _fill_here
     return {"exit_code": 0, "name": spec.name, "model": describe_model(spec.model)} | fill(

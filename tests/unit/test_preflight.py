@@ -4,8 +4,9 @@ Ray."""
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +14,11 @@ import pytest
 
 from quantbatch.errors import DoesNotFit, InputError, JobError, Refused, StorageError
 from quantbatch.preflight import prepare, require_fit
+from quantbatch.prequantize import prequantize
 from quantbatch.spec import JobSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MODEL = Path(__file__).parents[2] / "configs" / "quickstart" / "model"
 
@@ -185,6 +190,17 @@ def test_a_cache_nowhere_is_refused_at_once(folder: Path) -> None:
     model = {"id": str(MODEL), "bits": 4, "cache": "gopher://x/y"}
     with pytest.raises(StorageError, match="no store is known for gopher"):
         prepare(make_spec(folder, model=model))
+
+
+@pytest.mark.parametrize("look", [prepare, partial(prequantize, say=str)], ids=["run", "fill"])
+@pytest.mark.parametrize("cache", ["out", "out/cache"])
+def test_a_cache_in_the_output_is_refused_before_it_is_filled(
+    folder: Path, cache: str, look: Callable[[JobSpec], object]
+) -> None:
+    model = {"id": str(MODEL), "bits": 4, "cache": str(folder / cache)}
+    with pytest.raises(Refused, match=r"model\.cache .* lies in the output"):
+        look(make_spec(folder, model=model))
+    assert not (folder / "out").exists()
 
 
 # ---- the cluster's own cards
