@@ -192,7 +192,7 @@ def test_a_cache_nowhere_is_refused_at_once(folder: Path) -> None:
         prepare(make_spec(folder, model=model))
 
 
-@pytest.mark.parametrize("look", [prepare, partial(prequantize, say=str)], ids=["run", "fill"])
+@pytest.mark.parametrize("look", [prepare, partial(prequantize, say=print)], ids=["run", "fill"])
 @pytest.mark.parametrize("cache", ["out", "out/cache"])
 def test_a_cache_in_the_output_is_refused_before_it_is_filled(
     folder: Path, cache: str, look: Callable[[JobSpec], object]
