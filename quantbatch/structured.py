@@ -72,10 +72,15 @@ def problem(grammar: Grammar) -> str:
     try:
         if grammar.kind == "json_schema":
             _validator(grammar.text)
-        matcher = _matcher(_bytes(), compiled(grammar))
+        wrong = matcher_problem(_matcher(_bytes(), compiled(grammar)))
+        if grammar.kind == "json_schema" and not wrong:
+            # Any text will do: a reference that leads to itself has no end with all of them.
+            _violation(grammar.text, None)
+    except RecursionError:
+        return "it is nested too deeply, or a $ref leads back to itself"
     except ValueError as error:
         return str(error)
-    return matcher_problem(matcher)
+    return wrong
 
 
 def compiled(grammar: Grammar) -> str:
@@ -165,13 +170,31 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _schema_fault(schema: str, text: str) -> str:
-    from jsonschema.exceptions import best_match
-
     try:
-        value = parse_json(text)
+        return _violation(schema, parse_json(text))
     except ValueError as error:
         return str(error)
-    wrong = best_match(_validator(schema).iter_errors(value))
+    except RecursionError:
+        return "it is nested too deeply to be checked"
+    except OverflowError:
+        return "it has an integer that is too large to be checked"
+
+
+def _violation(schema: str, value: Any) -> str:  # noqa: ANN401 - any JSON
+    """Say where a value is not as its schema says; else nothing.
+
+    Raises:
+        ValueError: The schema refers to what is not in it.
+        RecursionError: Value or schema is nested too deeply.
+        OverflowError: An integer is to be compared as a float, and is none.
+    """
+    from jsonschema.exceptions import best_match
+    from referencing.exceptions import Unresolvable
+
+    try:
+        wrong = best_match(_validator(schema).iter_errors(value))
+    except Unresolvable as error:
+        raise ValueError(f"the schema refers to what is not in it: {error.ref}") from error
     return f"{wrong.json_path}: {wrong.message}"[:MOST_CHARACTERS] if wrong else ""
 
 
@@ -188,6 +211,8 @@ def _validator(schema: str) -> Any:  # noqa: ANN401 - has no types
     from referencing import Registry
 
     found = json.loads(schema)
+    if not isinstance(found.get("$schema", ""), str):
+        raise ValueError("$['$schema']: is no text")
     kind = validator_for(found, default=Draft202012Validator)
     try:
         # With formats, so that a pattern that Python can't read is found here.

@@ -28,6 +28,8 @@ MAX_BODY_BYTES = 1_000_000
 MAX_INPUTS = 2048
 """Most texts of one embeddings request, as in the hosted API."""
 MAX_STOPS = 4
+MOST_DIGITS = 10
+"""Of a token id."""
 
 Kind = Literal["chat", "completion", "embedding"]
 URLS: dict[str, Kind] = {
@@ -175,9 +177,11 @@ def _object(text: str | None) -> dict[str, Any]:
     if len(text) > MAX_BODY_BYTES or len(text.encode()) > MAX_BODY_BYTES:
         raise RowError(BAD_REQUEST, f"body: has more than {MAX_BODY_BYTES:,} bytes")
     try:
-        found = json.loads(text)
-    except ValueError:
+        found = forms.read_json(text)
+    except json.JSONDecodeError:
         found = None
+    except ValueError as error:
+        raise bad("body", text, str(error)) from None
     if not isinstance(found, dict):
         raise bad("body", text, "is no object")
     return found
@@ -297,7 +301,7 @@ def _logit_bias(value: Any) -> dict[str, float] | None:  # noqa: ANN401 - any JS
         raise bad("logit_bias", value, "should be an object of token ids and biases")
     for key, bias in value.items():
         is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
-        if not (key.isascii() and key.isdigit()):
+        if not (key.isascii() and key.isdigit() and len(key) <= MOST_DIGITS):
             raise bad("logit_bias", key, "is no token id")
         if not is_number or not -100 <= bias <= 100:
             raise bad(f"logit_bias.{key}", bias, "should be a number from -100 to 100")

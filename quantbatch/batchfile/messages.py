@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from quantbatch.batchfile import forms
@@ -85,7 +84,7 @@ def _call(where: str, call: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON v
         case _:
             raise bad(where, call, "should be a call of a function, its arguments a JSON text")
     try:
-        arguments: Any = json.loads(text)
+        arguments: Any = forms.read_json(text)
     except ValueError:
         arguments = text
     made = {"type": "function", "function": {"name": name, "arguments": arguments}}

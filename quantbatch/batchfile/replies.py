@@ -95,7 +95,7 @@ def calls_of(text: str, strict: dict[str, Any]) -> Calls:
     calls, fault = [], ""
     for found in _CALL.findall(text):
         try:
-            call = json.loads(found)
+            call = forms.read_json(found)
             name, arguments = call["name"], call.get("arguments", {})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             return Calls(text, (), f"a call of a tool is no JSON object with a name: {error}")

@@ -39,7 +39,7 @@ def fields(schema: Any) -> list[pa.Field]:  # noqa: ANN401 - any JSON
 
 def _type(name: str, schema: Any, root: Any) -> pa.DataType:  # noqa: ANN401 - a part of a schema
     found = _seen_through(schema, root)
-    if _kind(found) == "array":
+    if _kind(found) == "array" and "prefixItems" not in found:  # whose types may differ
         item = _scalar(_seen_through(found.get("items"), root))
         kind = item and pa.list_(item)
     else:

@@ -113,6 +113,12 @@ def _check_explode(spec: JobSpec, response: Response) -> None:
             " adds",
             "give it another name",
         )
+    if marked := sorted(name for name in names if name.startswith("in.")):
+        raise _wrong(
+            f"output.explode: the property {marked[0]!r} begins with `in.`, as columns of the"
+            " input do on their way",
+            "give it another name",
+        )
 
 
 def _wrong(problem: str, hint: str) -> SpecError:

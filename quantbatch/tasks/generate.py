@@ -30,7 +30,7 @@ OWN_COLUMNS = frozenset(
     {
         *("row_id", "status", "error_type", "error_message", "prompt_tokens", "attempt"),
         *("completion", "finish_reason", "completion_tokens"),
-        *("token_ids", "logprobs", "top_logprobs"),
+        *("token_ids", "logprobs", "top_logprobs", "cached"),
     }
 )
 """Columns that a job may add beside the properties of a schema."""

@@ -31,6 +31,8 @@ def schema(value: Any) -> Grammar:
         (schema({"type": "string", "minLength": 3, "maxLength": 2}), "minLength"),
         (schema({"type": "array", "uniqueItems": True}), "uniqueItems"),
         (schema({"$ref": "https://example.com/schema"}), "https://example.com/schema"),
+        (schema({"$ref": "#"}), "leads back to itself"),
+        (schema({"$schema": 3}), "$schema"),
         (Grammar("regex", "a("), "unclosed group"),
         (Grammar("regex", "a(?=b)"), "look-around"),
         (Grammar("grammar", "start: nothing"), "nothing"),
@@ -40,6 +42,27 @@ def test_what_does_not_compile_says_why(grammar: Grammar, reason: str) -> None:
     problem = structured.problem(grammar)
     assert reason in problem
     assert "\n" not in problem
+
+
+def test_a_schema_that_is_too_deep_is_refused() -> None:
+    deep: dict[str, Any] = {"type": "string"}
+    for _ in range(400):
+        deep = {"type": "object", "properties": {"a": deep}}
+    assert "nested too deeply" in structured.problem(schema(deep))
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "reason"),
+    [
+        ({"type": "array", "items": {"$ref": "#"}}, "[" * 900 + "]" * 900, "too deeply"),
+        ({"type": "integer", "multipleOf": 0.01}, "1" + "0" * 400, "too large"),
+        ({"not": {"$ref": "https://example.com/a"}}, "1", "https://example.com/a"),
+    ],
+)
+def test_what_can_not_be_checked_is_a_fault(form: Any, text: str, reason: str) -> None:
+    found = structured.fault(schema(form), text)
+    assert found is not None
+    assert reason in found.reason
 
 
 def test_what_compiles() -> None:

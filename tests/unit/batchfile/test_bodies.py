@@ -262,6 +262,8 @@ def test_prompts_and_inputs_are_texts_or_tokens_or_lists_of_them() -> None:
         ({"body": None}, "body: is missing"),
         ({"body": "[]"}, 'body: "[]": is no object'),
         ({"body": "hello"}, 'body: "hello": is no object'),
+        ({"body": '{"model": ' + "[" * 100_000}, 'body: "{\\"model\\": [['),
+        ({"body": '{"model": "\\ud800"}'}, 'body: "{\\"model\\": \\"\\\\ud800'),
         ({"body": '"' + "x" * 1_000_000 + '"'}, "body: has more than 1,000,000 bytes"),
     ],
 )
@@ -272,3 +274,18 @@ def test_lines_that_lack_something(changes: dict[str, str | None], said: str) ->
     with pytest.raises(RowError) as caught:
         read_request(line | changes)
     assert caught.value.message.startswith(said)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": "\\ud800"}'])
+def test_arguments_that_can_not_be_read_stay_text(text: str) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": text}}
+    body = json.dumps({"model": "m", "messages": [{"role": "assistant", "tool_calls": [call]}]})
+    line = {"method": "POST", "url": "/v1/chat/completions", "body": body}
+    conversation: Any = read_request(line).conversation
+    assert conversation[0]["tool_calls"][0]["function"]["arguments"] == text
+
+
+def test_a_token_id_of_thousands_of_digits_is_none() -> None:
+    body = json.dumps({"model": "m", "prompt": "a", "logit_bias": {"9" * 5000: 1}})
+    with pytest.raises(RowError, match="is no token id"):
+        read_request({"method": "POST", "url": "/v1/completions", "body": body})

@@ -119,6 +119,11 @@ def test_one_greedy_answer_is_given_n_times(texts: TokenTexts) -> None:
     assert found.usage.completion_tokens == 6
 
 
+@pytest.mark.parametrize("inner", ["[" * 100_000, '{"name": "f", "arguments": {"a": "\\ud800"}}'])
+def test_a_call_that_can_not_be_read_is_a_fault(inner: str) -> None:
+    assert "no JSON object" in calls_of(f"<tool_call>{inner}</tool_call>", {}).fault
+
+
 def test_calls_of_tools(texts: TokenTexts) -> None:
     answer = said(f"I look. {CALL}\n{CALL}", [60])
     found = chat(body(ask("chat", tools={}), [answer], texts))

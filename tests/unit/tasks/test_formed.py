@@ -153,6 +153,7 @@ def test_several_samples_are_lists() -> None:
         {"a": {"type": "object"}},
         {"a": {"type": "array", "items": {"type": "array"}}},
         {"a": {"type": ["string", "integer"]}},
+        {"a": {"type": "array", "items": {"type": "string"}, "prefixItems": [{"const": 1}]}},
         {"a": {"enum": ["a", 1]}},
         {"a": {"anyOf": [{"type": "string"}, {"type": "integer"}]}},
         {"a": {"$ref": "#/$defs/missing"}},
@@ -203,6 +204,14 @@ def test_the_job_s_form_counts_for_rows_without_their_own() -> None:
         (
             {"json_schema": {"type": "object", "properties": {"status": {"type": "string"}}}},
             {"explode": True}, "output.explode", "'status'",
+        ),
+        (
+            {"json_schema": {"type": "object", "properties": {"cached": {"type": "boolean"}}}},
+            {"explode": True}, "output.explode", "'cached'",
+        ),
+        (
+            {"json_schema": {"type": "object", "properties": {"in.a": {"type": "boolean"}}}},
+            {"explode": True}, "output.explode", "'in.a'",
         ),
         ({"regex": "a"}, {"sampling": {"min_new_tokens": 1}}, "sampling.min_new_tokens", "ends"),
         ({"regex": "a"}, {"engine": {"kind": "llama_cpp"}}, "task.response", "llama_cpp"),
