@@ -125,7 +125,7 @@ def examine(spec: JobSpec, *, extend: bool = False) -> Job:
     spec = sizing.as_begun(spec)
     card = sizing.card_of(spec)
     checkpoint = sizing.open_model(spec, card)
-    _check_tokens(spec, checkpoint)
+    check_tokens(spec, checkpoint)
     rendering.compile_templates(spec.prompt)
     rendering.require_chat_template(spec.prompt, checkpoint.chat_template)
     if isinstance(spec.task, Generate):
@@ -235,7 +235,7 @@ def _with_bits(
     return spec, FirstLook(listed, plan, lengths)
 
 
-def _check_tokens(spec: JobSpec, checkpoint: Checkpoint) -> None:
+def check_tokens(spec: JobSpec, checkpoint: Checkpoint) -> None:
     """Refuse token ids that the model does not have: they would make every row an error."""
     words = checkpoint.text_config.get("vocab_size")
     named = {
@@ -277,11 +277,29 @@ def check_weight_cache(spec: JobSpec) -> None:
         )
 
 
+def _check_answers_cache(spec: JobSpec) -> None:
+    """Refuse a cache of answers nowhere, in the output, or among the input: its files would be
+    taken for rows.
+    """
+    if spec.answers_cache is None:
+        return
+    given = spec.answers_cache.uri
+    cache = storage.open_store(given, spec.answers_cache.storage).uri
+    output = storage.open_store(spec.output.uri, spec.output.storage).uri
+    uris = [spec.input.uri] if isinstance(spec.input.uri, str) else spec.input.uri
+    place = f"output {spec.output.uri}" if f"{cache}/".startswith(f"{output}/") else None
+    place = next((f"input {uri}" for uri in uris if listing.would_list(uri, cache)), place)
+    if place:
+        raise Refused(
+            f"answers_cache.uri {given} lies in the {place}: its files would be taken for rows",
+            "choose another folder: jobs may share one",
+        )
+
+
 def check_places(spec: JobSpec) -> None:
     """Refuse an output among the input, an input among the output, and a cache nowhere."""
-    if spec.answers_cache:
-        storage.open_store(spec.answers_cache.uri, spec.answers_cache.storage)
     check_weight_cache(spec)
+    _check_answers_cache(spec)
     uris = [spec.input.uri] if isinstance(spec.input.uri, str) else spec.input.uri
     output = storage.open_store(spec.output.uri, spec.output.storage).uri
     for uri in uris:

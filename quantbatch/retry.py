@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from quantbatch import again, pipeline, sizing, stages
+from quantbatch import again, pipeline, sizing, stages, tasks
 from quantbatch.errors import DoesNotFit, Refused
 from quantbatch.ledger import JOB
-from quantbatch.preflight import input_limit, prepare
+from quantbatch.preflight import check_tokens, input_limit, prepare
 from quantbatch.progress import Silent
 from quantbatch.report import RunFigures, RunReport
 from quantbatch.spec import JobSpec
@@ -125,8 +125,12 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _changed(job: Job, spec: JobSpec) -> Job:
-    """Return a job with the sampling and the engine of a retry, if that fits."""
+    """Return a job with the sampling and the engine of a retry, if its task can be done with
+    them, and if that fits.
+    """
     changed = job.spec.model_copy(update={"sampling": spec.sampling, "engine": spec.engine})
+    check_tokens(changed, job.checkpoint)
+    tasks.check(changed, job.plan.schema.names)
     limit = input_limit(changed, job.checkpoint)
     fitting = sizing.fit(changed, job.checkpoint, limit, job.card)
     if isinstance(fitting.misfit, DoesNotFit):

@@ -13,7 +13,7 @@ import yaml
 
 from quantbatch import pipeline
 from quantbatch.answers import packs
-from quantbatch.errors import Refused
+from quantbatch.errors import Refused, SpecError
 from quantbatch.records import Status
 from quantbatch.report import Outcome
 from quantbatch.retry import retry
@@ -127,6 +127,8 @@ def test_what_a_retry_may_not_change(tmp_path: Path, ray_head: Head) -> None:
         retry(load_spec(spec, ["model.bits=8"]), [Status.ERROR])
     with pytest.raises(Refused, match=r"sampling\.logprobs was null"):
         retry(load_spec(spec, ["sampling.logprobs=1"]), [Status.ERROR])
+    with pytest.raises(SpecError, match=r"sampling\.stop_token_ids: no token 999999"):
+        retry(load_spec(spec, ["sampling.stop_token_ids=[999999]"]), [Status.ERROR])
     proven(spec)
 
 

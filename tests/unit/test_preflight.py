@@ -203,6 +203,16 @@ def test_a_cache_in_the_output_is_refused_before_it_is_filled(
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("place", "said"), [("out", "output"), ("out/cache", "output"), ("in/cache", "input")]
+)
+def test_a_cache_of_answers_among_rows_is_refused(folder: Path, place: str, said: str) -> None:
+    spec = make_spec(folder, answers_cache={"uri": str(folder / place)})
+    with pytest.raises(Refused, match=rf"answers_cache\.uri .* lies in the {said} "):
+        prepare(spec)
+    prepare(make_spec(folder, answers_cache={"uri": str(folder / "cache")}))
+
+
 # ---- the cluster's own cards
 
 
