@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import ValidationError
 
 from quantbatch.errors import InputError, Refused
-from quantbatch.ledger import JOB, SUMMARY, Ledger
+from quantbatch.ledger import SUMMARY, Ledger, read_job
 from quantbatch.model import formats
 from quantbatch.model.kv import unpackable
 from quantbatch.model.widths import USEFUL_ROWS
@@ -272,13 +272,12 @@ def recorded(uri: str, storage: Storage) -> Recorded:
         Refused: The records are those of another version of quantbatch.
     """
     store = open_store(uri, storage)
-    try:
-        record = json.loads(store.read(JOB))
-    except FileNotFoundError:
+    record = read_job(store)
+    if record is None:
         raise InputError(
             f"{redact(store.uri)}: no job has begun here",
             "quantbatch run begins it; check output.uri if it has run",
-        ) from None
+        )
     return Recorded(record, _ledger(record, uri, storage))
 
 

@@ -317,7 +317,7 @@ class Ledger:
         """
         store = open_store(spec.output.uri, spec.output.storage)
         ledger = cls(store, spec, spec.deciding() | {"model.digest": model_digest})
-        job = _read_json(store, JOB)
+        job = read_job(store)
         if job is None:
             _refuse_strangers(store)
             return ledger
@@ -483,6 +483,26 @@ def _refuse_strangers(store: Store) -> None:
                 f"{redact(store.uri)}: not empty ({info.key}), and not the output of a job",
                 "choose an empty output.uri",
             )
+
+
+def read_job(store: Store) -> dict[str, Any] | None:
+    """Return the record of the job that has begun on an output; None if there is none.
+
+    Raises:
+        Refused: It is damaged.
+    """
+    try:
+        found = json.loads(store.read(JOB))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"format", "identity", "spec"} <= found.keys():
+        raise Refused(
+            f"{redact(store.uri)}/{JOB} is damaged: it holds no record of a job",
+            "restore it, or choose another output.uri and run the job again",
+        )
+    return found
 
 
 def _refuse_other_job(store: Store, job: Mapping[str, Any], identity: Mapping[str, Any]) -> None:

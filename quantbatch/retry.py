@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from quantbatch import again, pipeline, sizing, stages, tasks
 from quantbatch.errors import DoesNotFit, Refused
-from quantbatch.ledger import JOB
+from quantbatch.ledger import read_job
 from quantbatch.preflight import check_tokens, input_limit, prepare
 from quantbatch.progress import Silent
 from quantbatch.report import RunFigures, RunReport
@@ -90,12 +90,9 @@ def retry(
 def _as_begun(spec: JobSpec) -> JobSpec:
     """Return a spec with what the job on its output was begun with, where a retry may differ."""
     store = open_store(spec.output.uri, spec.output.storage)
-    try:
-        record = json.loads(store.read(JOB))
-    except FileNotFoundError:
-        raise Refused(
-            f"{redact(store.uri)}: no job has begun here", "quantbatch run begins it"
-        ) from None
+    record = read_job(store)
+    if record is None:
+        raise Refused(f"{redact(store.uri)}: no job has begun here", "quantbatch run begins it")
     try:
         first = JobSpec.model_validate(record["spec"])
     except (ValidationError, KeyError) as error:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from quantbatch import rows
+from quantbatch.documents import describe_status
 from quantbatch.errors import Refused, StorageError
 from quantbatch.ledger import (
     Commit,
@@ -329,3 +330,15 @@ def test_counts_add_up() -> None:
     one = Counts(ok=1, error=2, prompt_tokens=10)
     assert one + Counts(ok=1, truncated=1) == Counts(2, 1, 0, 2, 10, 0)
     assert (one + one).rows == 6
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"format": 2}', b"\xff\xfe"])
+def test_a_damaged_record_of_a_job_is_one_error(spec: JobSpec, content: bytes) -> None:
+    opened(spec)
+    path = Path(spec.output.uri, "_quantbatch", "job.json")
+    assert path.exists()
+    path.write_bytes(content)
+    with pytest.raises(Refused, match="json is damaged"):
+        Ledger.open(spec, "digest")
+    with pytest.raises(Refused, match="json is damaged"):
+        describe_status(spec.output.uri, spec.output.storage)
