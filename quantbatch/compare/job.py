@@ -16,6 +16,7 @@ from quantbatch.compare.candidates import Candidate, candidates_of, name_of, pla
 from quantbatch.compare.rows import spread_rows
 from quantbatch.errors import DoesNotFit, JobError, ModelError, SpecError
 from quantbatch.model.checkpoint import open_checkpoint
+from quantbatch.spec import Generate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,6 +65,12 @@ class Prepared:
     max_tokens: int
     samples: bool
     """Whether the job itself would draw its answers, which are compared greedily all the same."""
+
+    @property
+    def has_form(self) -> bool:
+        """Whether the job's answers have a form, which would hide what a model would have said."""
+        task = self.spec.task
+        return isinstance(task, Generate) and task.response is not None
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ def describe(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
         },
         "gold": prepared.choices.gold,
         "greedy_instead_of_sampled": prepared.samples,
+        "free_instead_of_form": prepared.has_form,
         "method": {
             "kl": "reference || candidate, nats a token, on the reference's own greedy answers;"
             f" from the {TOP_WORDS} likeliest words and {DRAWN_WORDS} drawn from all others",
@@ -279,6 +280,10 @@ def remarks(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if document["greedy_instead_of_sampled"]:
         said.append(("sampling", "compared greedily, though the job draws its answers"))
+    if document["free_instead_of_form"]:
+        said.append(
+            ("form", "answers are compared free, though the job's have a form (task.response)")
+        )
     floor = document["noise_floor"]
     said.append(("noise floor", _said_of_noise(floor, document["reference"])))
     for width in document["widths"][1:]:

@@ -103,6 +103,7 @@ def document_of(name: str = "job", label: str = "spam") -> dict[str, Any]:
             "rows": {"compared": 4, "asked": 5, "in_input": 9, "left_out": {name: 1}},
             "gold": "label",
             "greedy_instead_of_sampled": True,
+            "free_instead_of_form": False,
             "method": {"kl": "how", "intervals": "which"},
             "noise_floor": noise,
             "widths": [reference, *others],
