@@ -84,7 +84,7 @@ class Space(NamedTuple):
         if spec.answers_cache is None:
             return None
         kind = spec.engine.kind
-        deciding = ("model.quantization", "model.dtype")
+        deciding = ("model.quantization", "model.dtype", "model.trust_remote_code")
         about = {
             "format": FORMAT,
             "model": model_digest,

@@ -77,7 +77,9 @@ class Checkpoint:
     quantized: str | None
     """Method by which the checkpoint is quantized already, such as bitsandbytes, gptq or awq."""
     digest: str
-    """Identity of the weights: the commit for a repository of the hub, else see `_digest`."""
+    """Identity of the weights: the commit for a repository of the hub, with a GGUF file's name as
+    a SHA-256; else see `_digest`.
+    """
     expanded: bool = False
     """Whether its weights are expanded to `model.dtype` as they are loaded."""
     gguf: str = ""
@@ -229,7 +231,9 @@ def _open_repository(model: Model) -> Checkpoint:
         if model.file:
             found = hub.fetch_gguf(model, SMALL_FILES, model.file)
             described = _of_gguf(model, found.folder, model.file, found.header)
-            return replace(described, commit=found.commit, digest=found.commit)
+            # A commit often holds the same model in many files, each in other bits.
+            digest = hashlib.sha256(f"{found.commit}:{model.file}".encode()).hexdigest()
+            return replace(described, commit=found.commit, digest=digest)
         code = CODE if model.trust_remote_code else ()
         snapshot = hub.fetch(model, (*SMALL_FILES, *code))
     except ModelError as error:

@@ -652,9 +652,12 @@ def test_of_a_gguf_file_the_beginning_is_read(
     model = Model(id="org/model", file="model.gguf", allow_dequantize=True)
     checkpoint = open_checkpoint(model)
     assert hub.served == ["model.gguf"] * 4, "2, 8, 32 and 128 KiB"
-    assert checkpoint.commit == checkpoint.digest == COMMIT
+    assert checkpoint.commit == COMMIT
     assert (checkpoint.quantized, checkpoint.expanded) == ("gguf", True)
     assert checkpoint.config["vocab_size"] == len(words)
+    (hub.folder / "model-q4.gguf").write_bytes(content)
+    other = open_checkpoint(model.model_copy(update={"file": "model-q4.gguf"}))
+    assert other.digest != checkpoint.digest, "answers of two files of a commit are kept apart"
     missing = Model(id="org/model", file="other.gguf")
     with pytest.raises(ModelError, match=r"other\.gguf"):
         open_checkpoint(missing)
