@@ -59,7 +59,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "sampling": {"max_new_tokens": 8},
         "engine": {"batch_size": 16, "too_long": "truncate_right"},
         "cluster": {"cpu_fallback": True},
-        "output": {"uri": "out"},
+        "output": {"uri": "answers"},
     }
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(fields))
     return tmp_path / "job.yaml"

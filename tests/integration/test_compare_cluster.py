@@ -38,7 +38,7 @@ def job(tmp_path: Path, ray_head: Head, monkeypatch: pytest.MonkeyPatch) -> Path
         "sampling": {"max_new_tokens": 4},
         "engine": {"batch_size": 8},
         "cluster": {"address": ray_head.address, "gpus_per_replica": 0},
-        "output": {"uri": "out"},
+        "output": {"uri": "answers"},
     }
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(fields))
     return tmp_path / "job.yaml"
