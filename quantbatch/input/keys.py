@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from quantbatch.batchfile.specs import BATCH_FILE
 from quantbatch.errors import InputError, StorageError
 from quantbatch.input.listing import partition_of
 from quantbatch.input.sources import read_slice
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 KEYS_IN_MEMORY = 1 << 23
 """Keys whose hashes are held in memory: 64 MiB, and as much again for sorting them."""
+NO_KEY = "remove one of the rows, or leave out input.key"
 _BUCKETS = 256
 _ROWS_AT_ONCE = 1 << 14
 _MAX_SUSPECTS = 1 << 20
@@ -58,7 +60,8 @@ def check_unique(store: Store, plan: Plan, input: Input) -> None:
         InputError: There is such a value; the message names it and its rows.
     """
     assert input.key is not None, "there is a key to check"
-    refuse_duplicates(input.key, lambda: _key_batches(store, plan, input))
+    hint = "give each request a custom_id of its own" if input.format == BATCH_FILE else NO_KEY
+    refuse_duplicates(input.key, lambda: _key_batches(store, plan, input), hint=hint)
 
 
 def _key_batches(store: Store, plan: Plan, input: Input) -> Iterator[KeyBatch]:
@@ -103,6 +106,7 @@ def refuse_duplicates(
     batches: Callable[[], Iterable[KeyBatch]],
     *,
     keys_in_memory: int = KEYS_IN_MEMORY,
+    hint: str = NO_KEY,
 ) -> None:
     """Refuse keys of which one is null or occurs twice.
 
@@ -110,6 +114,7 @@ def refuse_duplicates(
         column: Name of the key column.
         batches: Gives all keys, the same ones each time that it is called.
         keys_in_memory: Keys beyond which hashes go to the local disk.
+        hint: What to do about a key that occurs twice.
 
     Raises:
         InputError: There is such a key; of several, the one whose second row comes first among
@@ -126,7 +131,7 @@ def refuse_duplicates(
             if key in first:
                 raise InputError(
                     f"duplicate key {key!r} in column {column}: {first[key]} and {row}",
-                    "remove one of the rows, or leave out input.key",
+                    hint,
                 )
             first[key] = row
     assert len(suspects) < _MAX_SUSPECTS, "a million pairs of keys share their hashes by chance"

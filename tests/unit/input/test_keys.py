@@ -100,7 +100,10 @@ class FewSlices:
 
 
 def check_files(folder: Path, rows_per_chunk: int = 2) -> None:
-    spec = Input(uri=str(folder), key="id")
+    check_input(Input(uri=str(folder), key="id"), rows_per_chunk)
+
+
+def check_input(spec: Input, rows_per_chunk: int) -> None:
     listed = list_input(spec)
     facts = [(file, sources.inspect(listed.store, file, spec)) for file in listed.files]
     schema = sources.unify_schemas([(file, found.schema) for file, found in facts])
@@ -110,6 +113,16 @@ def check_files(folder: Path, rows_per_chunk: int = 2) -> None:
         for at in range(0, found.rows, rows_per_chunk)
     ]
     check_unique(listed.store, FewSlices(schema, pieces), spec)  # type: ignore[arg-type]
+
+
+def test_the_remedy_is_one_that_the_format_has(tmp_path: Path) -> None:
+    line = '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {}}\n'
+    (tmp_path / "a.jsonl").write_text(2 * line)
+    for form, remedy in (("auto", "leave out input.key"), ("openai-batch", "custom_id of its own")):
+        spec = Input.model_validate({"uri": str(tmp_path), "key": "custom_id", "format": form})
+        with pytest.raises(InputError, match="duplicate key 'a'") as caught:
+            check_input(spec, rows_per_chunk=2)
+        assert remedy in (caught.value.hint or "")
 
 
 def test_files(tmp_path: Path) -> None:
