@@ -8,6 +8,7 @@ more is not squeezed in, it is an invalid one.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pyarrow as pa
@@ -108,6 +109,9 @@ def cell(value: Any, kind: pa.DataType) -> Any:  # noqa: ANN401 - any JSON
 
 def _double(value: float) -> float:
     try:
-        return float(value)
-    except OverflowError as error:
-        raise ValueError(f"an integer of {int(value).bit_length()} bits is no double") from error
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if found != value:  # exact between an integer and a double
+        raise ValueError(f"an integer of {int(value).bit_length()} bits is no double")
+    return found

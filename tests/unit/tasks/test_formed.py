@@ -127,6 +127,17 @@ def test_an_integer_that_does_not_fit_is_no_other_number(stars: int) -> None:
     assert answered(job({"json_schema": SCHEMA}), [text])["status"].to_pylist() == ["ok"]
 
 
+@pytest.mark.parametrize("score", [2**53 + 1, 10**400])
+def test_an_integer_that_no_double_holds_is_not_rounded(score: int) -> None:
+    spec = job({"json_schema": SCHEMA}, explode=True)
+    found = answered(
+        spec, [json.dumps(GOOD | {"score": score}), json.dumps(GOOD | {"score": 2**53})]
+    )
+    assert found["status"].to_pylist() == ["invalid", "ok"]
+    assert "is no double" in found["error_message"][0].as_py()
+    assert found["score"].to_pylist() == [None, 2.0**53]
+
+
 def test_an_integer_written_with_a_point_is_one() -> None:
     spec = job({"json_schema": SCHEMA}, explode=True)
     found = answered(spec, ['{"title": "a", "stars": 4.0}'])
