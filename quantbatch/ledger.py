@@ -485,6 +485,10 @@ def _refuse_strangers(store: Store) -> None:
             )
 
 
+_FIELDS = {True: {"format", "identity", "spec"}, False: {"format"}}
+"""What the record of a job has, of this format and of another: who opens it tells the two apart."""
+
+
 def read_job(store: Store) -> dict[str, Any] | None:
     """Return the record of the job that has begun on an output; None if there is none.
 
@@ -497,7 +501,7 @@ def read_job(store: Store) -> dict[str, Any] | None:
         return None
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not {"format", "identity", "spec"} <= found.keys():
+    if not isinstance(found, dict) or not _FIELDS[found.get("format") == FORMAT] <= found.keys():
         raise Refused(
             f"{redact(store.uri)}/{JOB} is damaged: it holds no record of a job",
             "restore it, or choose another output.uri and run the job again",
