@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from quantbatch.engine.kvstore import Span, send
+from quantbatch.engine.probe import depends_on_batch
 from quantbatch.model.memory import recorded_sizes
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class RecordedSteps:
         self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._scores_RV: Tensor | None = None
         """Where every recorded step leaves its scores."""
-        self._usable = _can_be_recorded(forward.model)
+        self._usable = not depends_on_batch(forward.model)
         self.padding = 0
         """Positions that were computed for nothing so far."""
 
@@ -126,9 +127,3 @@ class RecordedSteps:
         slots_R, positions_R, places_R = inputs_3R
         self._store.begin_singles(slots_R, positions_R, places_R)
         return self._forward.run(self._last_tokens_S[slots_R], positions_R, ends_R)
-
-
-def _can_be_recorded(model: torch.nn.Module) -> bool:
-    # By its name: bitsandbytes takes a second to import, and says things when it is.
-    int8: list[Any] = [m for m in model.modules() if type(m).__name__ == "Linear8bitLt"]
-    return not any(module.state.threshold > 0 for module in int8)

@@ -4,6 +4,7 @@ limits, the order and the company.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from typing_extensions import override
 from quantbatch.engine.attention import NAME, UnsupportedModelError
 from quantbatch.engine.continuous import ContinuousEngine, EngineLimits
 from quantbatch.engine.paged import PagedStore
+from quantbatch.engine.probe import Probe
 from quantbatch.engine.static import StaticEngine
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.records import Answer, Completion, Failure, FinishReason, Request, RequestId
@@ -843,3 +845,27 @@ def test_many_requests_leave_nothing_behind(tmp_path: Path, tokenizer: Any) -> N
 
 def resident_mib() -> float:
     return float(psutil.Process().memory_info().rss) / 2**20
+
+
+@pytest.mark.parametrize(("noise", "distance", "runs"), [(0.0, 0.12, False), (0.08, 0.12, True)])
+def test_int8_may_differ_by_no_more_than_it_does_by_itself(
+    folder: Path,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    noise: float,
+    distance: float,
+    runs: bool,
+) -> None:
+    model = Model(id=str(folder), quantization=Int8())
+    int8 = loading.load(open_checkpoint(model), model, "cpu").model
+    assert 0 < Probe(int8)._noise < 0.1
+    monkeypatch.setattr(Probe, "_own_noise", lambda *_: noise)
+    monkeypatch.setattr(Probe, "_distance", lambda *_: distance)
+    outcome = contextlib.nullcontext() if runs else pytest.raises(UnsupportedModelError)
+    with outcome:
+        ContinuousEngine(int8, tokenizer, ROOMY).close()
+
+
+def test_a_model_whose_rows_do_not_depend_on_company_has_no_noise(llama: Pair) -> None:
+    llama.packed.set_attn_implementation(llama.plain.config._attn_implementation)
+    assert Probe(llama.packed)._noise == 0
