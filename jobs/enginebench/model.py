@@ -48,16 +48,15 @@ class Loaded(NamedTuple):
     tokenizer: Any
 
 
-def write(folder: Path) -> int:
-    """Write the model and its tokenizer into a folder.
+def make(tokenizer: Any, **changes: Any) -> Any:
+    """Return the model in memory, in float32.
 
-    Returns:
-        The number of its parameters.
+    Args:
+        tokenizer: Names the special tokens, with which no answer ends.
+        changes: Of `SHAPE`.
     """
-    hf.utils.logging.disable_progress_bar()
-    tokenizer = load_tokenizer(TOKENIZER)
     config = hf.LlamaConfig(
-        **SHAPE,
+        **SHAPE | changes,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -67,6 +66,17 @@ def write(folder: Path) -> int:
     model = hf.LlamaForCausalLM(config).eval()
     with torch.no_grad():
         model.lm_head.weight[tokenizer.all_special_ids] = 0.0
+    return model
+
+
+def write(folder: Path) -> int:
+    """Write the model and its tokenizer into a folder.
+
+    Returns:
+        The number of its parameters.
+    """
+    hf.utils.logging.disable_progress_bar()
+    model = make(load_tokenizer(TOKENIZER))
     model.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         shutil.copy(TOKENIZER / name, folder / name)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from jobs.gpubench import shapes
+from jobs.gpubench.record import Record
 from jobs.gpubench.shapes import Built
 from quantbatch.engine.continuous import ContinuousEngine
 from quantbatch.engine.loading import limits_of
@@ -39,6 +41,22 @@ def free(device: str) -> None:
     gc.collect()
     if on_card(device):
         torch.cuda.empty_cache()
+
+
+def with_each(
+    record: Record, shape: str, kinds: Sequence[str], use: Callable[[str, Built], None]
+) -> None:
+    """Build a shape in each kind of weights, one at a time and while there is time, and use it."""
+    for kind in kinds:
+        if not record.has_time():
+            record.skip(kind=kind)
+            continue
+        with record.timed(f"make {shape} {kind}"):
+            built = shapes.build(shape, kind, record.device)
+        free(record.device)
+        use(kind, built)
+        del built
+        free(record.device)
 
 
 def planned(

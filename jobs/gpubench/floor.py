@@ -9,7 +9,8 @@ written count). The embedding is left out, of which a step reads a row for each 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -43,17 +44,12 @@ def measure(
         copy_gb_per_s=round(rates.copy_bytes_per_s / 1e9, 1),
         matrix_tflops=round(rates.matrix_flops_per_s / 1e12, 2),
     )
-    for kind in kinds:
-        if not record.has_time():
-            record.skip(kind=kind)
-            continue
-        with record.timed(f"make {shape} {kind}"):
-            built = shapes.build(shape, kind, device)
-        engines.free(device)
+
+    def use(kind: str, built: shapes.Built) -> None:
         _decode(record, built, {"shape": shape, "kind": kind}, batch_sizes, steps, rates)
         record.add(shape=shape, kind=kind, **_prefill(built, device, rates))
-        del built
-        engines.free(device)
+
+    engines.with_each(record, shape, kinds, use)
 
 
 def _decode(
@@ -101,7 +97,10 @@ def _timed_steps(
     return _Timed(step_s, rows * PROMPT_TOKENS + (before + after) / 2, graphs)
 
 
-class decoding:  # noqa: N801 - a context manager, used like a function
+@contextmanager
+def decoding(
+    built: shapes.Built, device: str, rows: int, steps: int, *, record_steps: bool = True
+) -> Iterator[ContinuousEngine]:
     """Give an engine in which all rows have had their prompts and a few tokens.
 
     Args:
@@ -111,31 +110,19 @@ class decoding:  # noqa: N801 - a context manager, used like a function
         steps: Steps that the rows will have left at least.
         record_steps: Whether steps are replayed from CUDA graphs.
     """
-
-    def __init__(
-        self, built: shapes.Built, device: str, rows: int, steps: int, *, record_steps: bool = True
-    ) -> None:
-        prompts = -(-rows * PROMPT_TOKENS // 512) + rows
-        # Whole blocks of cache, so that the plan has room for all rows.
-        new_tokens = BLOCK_TOKENS * -(-(prompts + LEAST_STEPS + steps + 8) // BLOCK_TOKENS)
-        plan = engines.planned(
-            built, device, prompt_tokens=PROMPT_TOKENS, new_tokens=new_tokens, rows=rows
-        )
-        self._rows = rows
-        self._engine = engines.engine_of(built, plan, record_steps=record_steps)
-        self._asked = engines.requests(rows, prompt_tokens=PROMPT_TOKENS, new_tokens=new_tokens)
-
-    def __enter__(self) -> ContinuousEngine:
-        engine = self._engine.__enter__()
-        engine.add(self._asked)
-        while engine.totals.prefill_tokens < self._rows * PROMPT_TOKENS:
+    prompts = -(-rows * PROMPT_TOKENS // 512) + rows
+    # Whole blocks of cache, so that the plan has room for all rows.
+    new_tokens = BLOCK_TOKENS * -(-(prompts + LEAST_STEPS + steps + 8) // BLOCK_TOKENS)
+    plan = engines.planned(
+        built, device, prompt_tokens=PROMPT_TOKENS, new_tokens=new_tokens, rows=rows
+    )
+    with engines.engine_of(built, plan, record_steps=record_steps) as engine:
+        engine.add(engines.requests(rows, prompt_tokens=PROMPT_TOKENS, new_tokens=new_tokens))
+        while engine.totals.prefill_tokens < rows * PROMPT_TOKENS:
             engine.step()
         for _ in range(LEAST_STEPS):
             engine.step()
-        return engine
-
-    def __exit__(self, *error: Any) -> None:
-        self._engine.__exit__(*error)
+        yield engine
 
 
 def _against_floor(built: shapes.Built, timed: _Timed, rates: Rates) -> dict[str, Any]:

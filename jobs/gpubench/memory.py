@@ -27,13 +27,8 @@ def measure(
 ) -> None:
     """Compare plan and peak for each kind of weights and each number of rows."""
     device = record.device
-    for kind in kinds:
-        if not record.has_time():
-            record.skip(kind=kind)
-            continue
-        with record.timed(f"make {shape} {kind}"):
-            built = shapes.build(shape, kind, device)
-        engines.free(device)
+
+    def use(kind: str, built: shapes.Built) -> None:
         for rows in batch_sizes:
             if not record.has_time():
                 record.skip(kind=kind, rows=rows)
@@ -43,8 +38,8 @@ def measure(
             )
             figures = _run(built, plan, device, prompt_tokens)
             record.add(shape=shape, kind=kind, rows=rows, **figures)
-        del built
-        engines.free(device)
+
+    engines.with_each(record, shape, kinds, use)
 
 
 def within(record: Record, shape: str, kind: str, card_gib: float, *, prompt_tokens: int) -> None:

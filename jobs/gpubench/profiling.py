@@ -22,21 +22,16 @@ PROMPT_TOKENS = 1024
 def measure(record: Record, shape: str, kinds: list[str], *, rows: int) -> None:
     """Profile some decode steps, recorded and not, and some prefill steps of each kind."""
     device = record.device
-    for kind in kinds:
-        if not record.has_time():
-            record.skip(kind=kind)
-            continue
-        with record.timed(f"make {shape} {kind}"):
-            built = shapes.build(shape, kind, device)
-        engines.free(device)
+
+    def use(kind: str, built: shapes.Built) -> None:
         common = {"shape": shape, "kind": kind, "rows": rows}
         for recorded in (True, False) if on_card(device) else (False,):
             with floor.decoding(built, device, rows, STEPS, record_steps=recorded) as engine:
                 found = _profiled(engine, device)
             _tell(record, {**common, "phase": "decode", "recorded": recorded}, found)
         _tell(record, {**common, "phase": "prefill"}, _prefill(built, device, rows))
-        del built
-        engines.free(device)
+
+    engines.with_each(record, shape, kinds, use)
 
 
 def _prefill(built: shapes.Built, device: str, rows: int) -> list[dict[str, Any]]:

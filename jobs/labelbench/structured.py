@@ -14,9 +14,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import transformers
 
+from jobs.enginebench import model as models
 from jobs.enginebench.model import SEED, SHAPE, TOKENIZER
 from jobs.labelbench import vocabulary
 from jobs.labelbench.grammars import SCHEMA
@@ -50,7 +50,7 @@ def measure(words: int, *, rows: int, rounds: int, temperature: float) -> dict[s
     tokenizer = (
         load_tokenizer(TOKENIZER) if words == SHAPE["vocab_size"] else vocabulary.make(words)
     )
-    model = _model(words, tokenizer)
+    model = models.make(tokenizer, vocab_size=words)
     forms = _requests(rows, words, temperature)
     answers = _timed(model, tokenizer, forms)[1]
     free = [
@@ -78,22 +78,6 @@ def measure(words: int, *, rows: int, rounds: int, temperature: float) -> dict[s
         "share_of_free": round(rates["structured"] / rates["free"], 3),
         "seconds": {name: [round(each, 2) for each in times] for name, times in seconds.items()},
     }
-
-
-def _model(words: int, tokenizer: Any) -> Any:
-    config = hf.LlamaConfig(
-        **SHAPE | {"vocab_size": words},
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
-    )
-    torch.manual_seed(SEED)
-    model = hf.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        # No answer ends by itself, see `enginebench.model`; and none by chance, if it is drawn.
-        model.lm_head.weight[tokenizer.all_special_ids] = 0.0
-    return model
 
 
 def _sampling(tokens: int, temperature: float) -> Sampling:
