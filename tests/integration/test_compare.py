@@ -20,14 +20,12 @@ from typer.testing import CliRunner
 
 from quantbatch import sizing
 from quantbatch.cli import app
-from quantbatch.compare.candidates import candidates_of
-from quantbatch.errors import DoesNotFit
 from quantbatch.model.checkpoint import open_checkpoint
-from quantbatch.model.memory import plan_memory
 from quantbatch.spec import FourBit
 from quantbatch.specfile import load_spec
 from quantbatch.weights import loading as weights
 from tests.integration.support import MODEL
+from tests.unit.compare.test_candidates import between
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -194,21 +192,7 @@ def test_what_does_not_fit_is_skipped_with_its_reason(job: Path) -> None:
     spec = load_spec(job)
     checkpoint = open_checkpoint(spec.model)
     work = sizing.work_of(spec, checkpoint, 504)
-    least = []
-    for candidate in candidates_of(
-        "32,4", spec.model.model_copy(update={"bits": None}), checkpoint
-    ):
-        too_small, enough = 0, 2**34
-        while enough - too_small > 1000:
-            middle = (too_small + enough) // 2
-            try:
-                plan_memory(checkpoint, candidate.model, work, middle)
-                enough = middle
-            except DoesNotFit:
-                too_small = middle
-        least.append(enough)
-    assert least[0] > least[1]
-    card = f"cluster.gpu_memory_gib={sum(least) / 2 / 2**30}"
+    card = f"cluster.gpu_memory_gib={between(checkpoint, '32', '4', work) / 2**30}"
     found = compared("--bits", "32,4", "--set", card)
     assert found["reference"] == "nf4"
     assert list(found["skipped"]) == ["fp32"]

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import transformers
-from typing_extensions import override
 
 from quantbatch.engine.blocks import BLOCK_TOKENS
 from quantbatch.engine.continuous import ContinuousEngine, EngineLimits
-from quantbatch.engine.paged import PagedStore
 from quantbatch.engine.slots import GROWTH_TOKENS, SlotStore
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.model.footprint import weigh
@@ -25,6 +23,7 @@ from quantbatch.spec import FourBit, Int8, Model, Sampling
 from quantbatch.weights.bnb import parameter_bytes
 from quantbatch.weights.loading import load
 from tests.integration.llama import SIZES, make_model, make_tokenizer
+from tests.integration.test_continuous_engine import InPages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -104,20 +103,6 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
 
 
 PACKED = ["llama", "llama, odd", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2"]
-
-
-class InPages(ContinuousEngine):
-    """Keeps keys and values in pages, as on a card."""
-
-    @override
-    def _make_store(self) -> PagedStore:
-        return PagedStore(
-            slots=max(2, self._limits.rows),
-            blocks=self._pool.size,
-            row_blocks=self._pool.size,
-            device=self._device,
-            block_tokens=self._limits.block_tokens,
-        )
 
 
 def engine_of(folder: Path, kind: type[ContinuousEngine], limits: EngineLimits) -> Any:

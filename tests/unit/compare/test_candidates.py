@@ -89,7 +89,7 @@ def test_what_holds_the_checkpoint_s_own_numbers(checkpoint: Checkpoint) -> None
 # ---- what fits
 
 
-def between(checkpoint: Checkpoint, wide: str, narrow: str) -> int:
+def between(checkpoint: Checkpoint, wide: str, narrow: str, work: Work = WORK) -> int:
     """Bytes of a card that has room for the one and not for the other."""
     least = []
     for candidate in candidates_of(f"{wide},{narrow}", model(), checkpoint):
@@ -97,7 +97,7 @@ def between(checkpoint: Checkpoint, wide: str, narrow: str) -> int:
         while enough - too_small > 1000:
             middle = (too_small + enough) // 2
             try:
-                plan_memory(checkpoint, candidate.model, WORK, middle)
+                plan_memory(checkpoint, candidate.model, work, middle)
                 enough = middle
             except DoesNotFit:
                 too_small = middle
