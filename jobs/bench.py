@@ -183,7 +183,7 @@ def _until_first_commit(folder: Path) -> dict[str, Any]:
 
 def _pretend_half_done(spec: JobSpec) -> None:
     """Write the records of the first half of the shards, as if they were published."""
-    from quantbatch.ledger import Published, shard_key
+    from quantbatch.commits import Published, shard_key
     from quantbatch.preflight import prepare
     from quantbatch.records import Counts
 

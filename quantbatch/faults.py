@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from quantbatch.commits import rows_key
 from quantbatch.documents import recorded
-from quantbatch.ledger import rows_key
 from quantbatch.prompts.rendering import compile_templates
 from quantbatch.reread import Unreadable, open_parquet, parquet_batches
 from quantbatch.storage import redact

@@ -15,8 +15,8 @@ import ray.data
 
 from quantbatch import cluster, stages
 from quantbatch.answers import packs
+from quantbatch.commits import publish_shard
 from quantbatch.errors import Stopped, StorageError, in_the_end
-from quantbatch.ledger import publish_shard
 from quantbatch.preflight import Job, prepare, require_fit
 from quantbatch.progress import Silent
 from quantbatch.replica import Replica
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from concurrent.futures import Future
 
-    from quantbatch.ledger import Published
+    from quantbatch.commits import Published
     from quantbatch.plan import Plan, Shard
     from quantbatch.progress import Progress
     from quantbatch.records import Receipt

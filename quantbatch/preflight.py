@@ -11,28 +11,23 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-import pyarrow as pa
-
-from quantbatch import rows, sizing, storage, structured, tasks
+from quantbatch import checks, rows, sizing, storage
 from quantbatch.answers.cache import Space
-from quantbatch.errors import DoesNotFit, InputError, JobError, Refused, SpecError
+from quantbatch.errors import DoesNotFit, InputError, Refused
 from quantbatch.input import keys, listing
 from quantbatch.ledger import Ledger
 from quantbatch.lengths import sample_lengths
 from quantbatch.plan import Plan, make_plan
 from quantbatch.prompts import rendering
-from quantbatch.prompts.asking import Asker
-from quantbatch.prompts.templates import missing_column
-from quantbatch.prompts.tokens import counting_tokenizer
 from quantbatch.replica import ReplicaJob
-from quantbatch.spec import BatchRequests, Classify, Embed, Generate, Score
+from quantbatch.spec import Generate
 from quantbatch.stages import ReadJob
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from quantbatch.commits import OutputFormat
     from quantbatch.input.listing import InputFile, Listing
-    from quantbatch.ledger import OutputFormat
     from quantbatch.lengths import Lengths
     from quantbatch.model.cards import Card
     from quantbatch.model.checkpoint import Checkpoint
@@ -40,11 +35,6 @@ if TYPE_CHECKING:
     from quantbatch.spec import JobSpec
 
 logger = logging.getLogger(__name__)
-
-BYTES = [bytes([byte]) for byte in range(256)]
-MAX_AUTO_INPUT_TOKENS = 8192
-"""Longest prompt that `max_input_tokens: auto` lets in: at 256 KiB a token, which is what a 32B
-model's cache takes, 8,192 tokens are 2 GiB of a card."""
 
 
 @dataclass(frozen=True)
@@ -121,18 +111,18 @@ def examine(spec: JobSpec, *, extend: bool = False) -> Job:
     Raises:
         JobError: The job can't run for another reason.
     """
-    check_places(spec)
+    checks.check_places(spec)
     spec = sizing.as_begun(spec)
     card = sizing.card_of(spec)
     checkpoint = sizing.open_model(spec, card)
-    check_tokens(spec, checkpoint)
+    checks.check_tokens(spec, checkpoint)
     rendering.compile_templates(spec.prompt)
     rendering.require_chat_template(spec.prompt, checkpoint.chat_template)
     if isinstance(spec.task, Generate):
         rendering.require_tools(spec.task.tools, checkpoint.chat_template)
-    max_input_tokens = input_limit(spec, checkpoint)
-    spec = with_dimensions(spec, checkpoint)
-    check_labels(spec, checkpoint, max_input_tokens)
+    max_input_tokens = checks.input_limit(spec, checkpoint)
+    spec = checks.with_dimensions(spec, checkpoint)
+    checks.check_labels(spec, checkpoint, max_input_tokens)
     first = None
     if spec.model.bits == "auto":
         spec, first = _with_bits(spec, checkpoint, card, max_input_tokens)
@@ -142,8 +132,8 @@ def examine(spec: JobSpec, *, extend: bool = False) -> Job:
     ledger = Ledger.open(spec, checkpoint.digest)
     listed = first.listed if first else _listing(spec, ledger)
     plan, new = _whole_plan(spec, ledger, listed, extend=extend, fresh=first and first.plan)
-    _check_columns(spec, plan, checkpoint)
-    _warn_of_long_forms(spec, checkpoint)
+    checks.check_columns(spec, plan, checkpoint)
+    checks.warn_of_long_forms(spec, checkpoint)
     kept = tuple(rows.kept_columns(spec.output, plan.schema, plan.partition_keys))
     target = ledger.output_format(rows.output_schema(spec, kept, plan.schema))
     if new and spec.input.key:
@@ -213,7 +203,7 @@ def settled(spec: JobSpec) -> JobSpec:
         return spec
     card = sizing.card_of(spec)
     checkpoint = sizing.open_model(spec, card)
-    spec, _ = _with_bits(spec, checkpoint, card, input_limit(spec, checkpoint))
+    spec, _ = _with_bits(spec, checkpoint, card, checks.input_limit(spec, checkpoint))
     return spec
 
 
@@ -228,29 +218,11 @@ def _with_bits(
     plan = make_plan(spec, listed)
     if not plan.rows:
         raise _no_rows(plan)
-    _check_columns(spec, plan, checkpoint)
+    checks.check_columns(spec, plan, checkpoint)
     lengths = sample_lengths(spec, checkpoint, plan, max_input_tokens=max_input_tokens)
     usual = lengths.usual_long()
     spec = sizing.with_bits(spec, checkpoint, card, max_input_tokens, prompt_tokens=usual)
     return spec, FirstLook(listed, plan, lengths)
-
-
-def check_tokens(spec: JobSpec, checkpoint: Checkpoint) -> None:
-    """Refuse token ids that the model does not have: they would make every row an error."""
-    words = checkpoint.text_config.get("vocab_size")
-    named = {
-        "sampling.logit_bias": spec.sampling.logit_bias,
-        "sampling.stop_token_ids": spec.sampling.stop_token_ids,
-    }
-    for field, token_ids in named.items():
-        unknown = [token for token in token_ids if words is not None and token >= words]
-        if unknown:
-            raise SpecError(
-                JobError(
-                    f"{field}: no token {unknown[0]}, {spec.model.id} has {words:,} tokens",
-                    "token ids are those of the model's own tokenizer",
-                )
-            )
 
 
 def _listing(spec: JobSpec, ledger: Ledger) -> Listing:
@@ -262,132 +234,6 @@ def _listing(spec: JobSpec, ledger: Ledger) -> Listing:
             raise
         root = storage.open_store(listing.input_root(spec.input.uri), spec.input.storage)
         return listing.Listing(root, ())
-
-
-def check_weight_cache(spec: JobSpec) -> None:
-    """Refuse a cache of weights nowhere, or in the output, which is for the job's own files."""
-    if spec.model.cache is None:
-        return
-    cache = storage.open_store(spec.model.cache, spec.model.cache_storage).uri
-    output = storage.open_store(spec.output.uri, spec.output.storage).uri
-    if f"{cache}/".startswith(f"{output}/"):
-        raise Refused(
-            f"model.cache {spec.model.cache} lies in the output {spec.output.uri}",
-            "choose another model.cache: jobs may share one",
-        )
-
-
-def _check_answers_cache(spec: JobSpec) -> None:
-    """Refuse a cache of answers nowhere, in the output, or among the input: its files would be
-    taken for rows.
-    """
-    if spec.answers_cache is None:
-        return
-    given = spec.answers_cache.uri
-    cache = storage.open_store(given, spec.answers_cache.storage).uri
-    output = storage.open_store(spec.output.uri, spec.output.storage).uri
-    uris = [spec.input.uri] if isinstance(spec.input.uri, str) else spec.input.uri
-    place = f"output {spec.output.uri}" if f"{cache}/".startswith(f"{output}/") else None
-    place = next((f"input {uri}" for uri in uris if listing.would_list(uri, cache)), place)
-    if place:
-        raise Refused(
-            f"answers_cache.uri {given} lies in the {place}: its files would be taken for rows",
-            "choose another folder: jobs may share one",
-        )
-
-
-def check_places(spec: JobSpec) -> None:
-    """Refuse an output among the input, an input among the output, and a cache nowhere."""
-    check_weight_cache(spec)
-    _check_answers_cache(spec)
-    uris = [spec.input.uri] if isinstance(spec.input.uri, str) else spec.input.uri
-    output = storage.open_store(spec.output.uri, spec.output.storage).uri
-    for uri in uris:
-        if listing.would_list(uri, output):
-            raise Refused(
-                f"output.uri {spec.output.uri} lies in the input {uri}: "
-                "the next run would read its own answers",
-                "choose an output outside the input",
-            )
-        root = storage.open_store(listing.input_root(uri), spec.input.storage).uri
-        if f"{root}/".startswith(f"{output}/"):
-            raise Refused(
-                f"input.uri {uri} lies in the output {spec.output.uri}", "choose another output.uri"
-            )
-
-
-def with_dimensions(spec: JobSpec, checkpoint: Checkpoint) -> JobSpec:
-    """Return a spec with `task.dimensions: auto` of an embedding chosen.
-
-    Raises:
-        SpecError: The model has fewer than are asked for, or does not say.
-    """
-    if not isinstance(spec.task, Embed):
-        return spec
-    there = checkpoint.text_config.get("hidden_size") or checkpoint.text_config.get("n_embd")
-    wanted = spec.task.dimensions
-    if there is None or (wanted != "auto" and wanted > there):
-        has = "does not say how many it has" if there is None else f"has {there:,}"
-        raise SpecError(
-            JobError(
-                f"task.dimensions: {wanted}, and {spec.model.id} {has}",
-                "it is hidden_size in the model's config.json",
-            )
-        )
-    if wanted != "auto":
-        return spec
-    return spec.model_copy(update={"task": spec.task.model_copy(update={"dimensions": there})})
-
-
-def check_labels(spec: JobSpec, checkpoint: Checkpoint, max_input_tokens: int) -> None:
-    """Refuse a job's labels that the model's tokenizer can't tell apart.
-
-    Raises:
-        SpecError: They have the same tokens, or none.
-    """
-    if isinstance(spec.task, Classify) and spec.task.labels is not None:
-        tokenizer = counting_tokenizer(checkpoint)
-        Asker(spec.prompt, spec.task, tokenizer, max_prompt_tokens=max_input_tokens).check()
-
-
-def input_limit(spec: JobSpec, checkpoint: Checkpoint) -> int:
-    """Return the longest prompt that is let in, in tokens: one that leaves room for the longest
-    answer, or the longest label.
-    """
-    answer = spec.answer_tokens
-    generates = isinstance(spec.task, Generate | BatchRequests)
-    cause = "sampling.max_new_tokens" if generates else f"task {spec.task.kind}"
-    context = checkpoint.context_tokens
-    asked = spec.engine.max_input_tokens
-    if context is None:
-        if asked == "auto":
-            raise SpecError(
-                JobError(
-                    f"engine.max_input_tokens: {spec.model.id} does not say its context's length",
-                    "set engine.max_input_tokens",
-                )
-            )
-        return asked
-    room = context - answer
-    if room < 1:
-        raise SpecError(
-            JobError(
-                f"{cause}: {answer:,} leaves no room for a prompt "
-                f"in a context of {context:,} tokens",
-                "make it smaller" if generates else "give shorter labels",
-            )
-        )
-    if asked == "auto":
-        return min(room, MAX_AUTO_INPUT_TOKENS)
-    if asked > room:
-        raise SpecError(
-            JobError(
-                f"engine.max_input_tokens: {asked:,} and {answer:,} new tokens "
-                f"exceed the context of {context:,}",
-                f"at most {room:,}, or a smaller {cause}" if generates else f"at most {room:,}",
-            )
-        )
-    return asked
 
 
 def _whole_plan(
@@ -449,63 +295,6 @@ def _no_rows(plan: Plan) -> InputError:
             f"no file of the input can be read: {name}: {why}", "correct input.uri or the files"
         )
     return InputError(f"{storage.redact(plan.root)}: the input has no rows", "correct input.uri")
-
-
-def check_task_columns(spec: JobSpec, schema: pa.Schema) -> None:
-    """Refuse a task that reads a column which is not there, or is of another type.
-
-    Raises:
-        SpecError: With the column's name.
-    """
-    match spec.task:
-        case Classify(labels_column=str(column)):
-            field, right = "task.labels_column", pa.types.is_list
-        case Score(continuation=str(column)):
-            field, right = "task.continuation", is_text
-        case _:
-            return
-    if column not in schema.names:
-        raise SpecError(missing_column(field, column, schema.names))
-    found = schema.field(column).type
-    if not right(found):
-        wanted = "texts" if right is is_text else "lists of texts"
-        raise SpecError(JobError(f"{field}: column {column!r} holds {found}, not {wanted}"))
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Tell whether a column of a type holds texts."""
-    return kind in (pa.string(), pa.large_string(), pa.null())
-
-
-def _warn_of_long_forms(spec: JobSpec, checkpoint: Checkpoint) -> None:
-    """Say so if no valid answer is short enough; see `structured.fewest_tokens`."""
-    response = spec.task.response if isinstance(spec.task, Generate) else None
-    grammar = structured.grammar_of(response) if response else None
-    most = spec.sampling.max_new_tokens
-    if grammar is None or structured.fewest_tokens(grammar, BYTES) <= most:
-        return  # no vocabulary needs more tokens than there are bytes
-    words = structured.words_of_tokenizer(counting_tokenizer(checkpoint))
-    fewest = structured.fewest_tokens(grammar, words)
-    if fewest > most:
-        logger.warning(
-            "sampling.max_new_tokens: %d, but each answer to task.response needs %d or more: all"
-            " will be truncated",
-            most,
-            fewest,
-        )
-
-
-def _check_columns(spec: JobSpec, plan: Plan, checkpoint: Checkpoint) -> None:
-    rendering.check_prompt(spec.prompt, plan.schema.names, checkpoint.chat_template)
-    check_task_columns(spec, plan.schema)
-    tasks.check(spec, plan.schema.names)
-    if spec.input.key and spec.input.key not in plan.schema.names:
-        raise SpecError(
-            JobError(
-                f"input.key: the input has no column {spec.input.key!r}",
-                f"its columns are {', '.join(plan.schema.names)}",
-            )
-        )
 
 
 def _several(names: Sequence[str]) -> str:

@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantbatch.checks import check_weight_cache
 from quantbatch.documents import describe_model
 from quantbatch.errors import JobError, SpecError
-from quantbatch.preflight import check_weight_cache, settled
+from quantbatch.preflight import settled
 from quantbatch.sample import best_device
 
 if TYPE_CHECKING:

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from quantbatch import again, pipeline, sizing, stages, tasks
+from quantbatch.checks import check_tokens, input_limit
 from quantbatch.errors import DoesNotFit, Refused
 from quantbatch.ledger import read_job
-from quantbatch.preflight import check_tokens, input_limit, prepare
+from quantbatch.preflight import prepare
 from quantbatch.progress import Silent
 from quantbatch.report import RunFigures, RunReport
 from quantbatch.spec import JobSpec

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from quantbatch import preflight, rows, sizing, tasks
+from quantbatch import checks, rows, sizing, tasks
 from quantbatch.errors import InputError, SpecError
 from quantbatch.input import listing, sources
 from quantbatch.model.checkpoint import find_checkpoint
@@ -72,16 +72,16 @@ def check(spec: JobSpec, rows_wanted: int) -> tuple[Checkpoint, Head]:
     Raises:
         JobError: The job could not run.
     """
-    preflight.check_places(spec)
+    checks.check_places(spec)
     card = sizing.card_of(spec)
     checkpoint = sizing.open_model(spec, card)
-    limit = preflight.input_limit(spec, checkpoint)
+    limit = checks.input_limit(spec, checkpoint)
     listed = listing.list_input(spec.input)
     head = first_rows(spec, listed, rows_wanted)
     check_prompt(spec.prompt, head.table.schema.names, checkpoint.chat_template)
-    preflight.check_task_columns(spec, head.table.schema)
-    spec = preflight.with_dimensions(spec, checkpoint)
-    preflight.check_labels(spec, checkpoint, limit)
+    checks.check_task_columns(spec, head.table.schema)
+    spec = checks.with_dimensions(spec, checkpoint)
+    checks.check_labels(spec, checkpoint, limit)
     tasks.check(spec, head.table.schema.names)
     kept = rows.kept_columns(spec.output, head.table.schema, listed.partition_keys)
     rows.output_schema(spec, kept, head.table.schema)
@@ -142,7 +142,7 @@ def sample(spec: JobSpec, count: int) -> list[Sampled]:
     renderer = renderer_of(
         spec,
         tokenizer,
-        max_prompt_tokens=preflight.input_limit(spec, checkpoint),
+        max_prompt_tokens=checks.input_limit(spec, checkpoint),
         too_long=spec.engine.too_long,
     )
     prompts = renderer.render(head.table)
@@ -179,14 +179,14 @@ def answer(
     """
     spec = spec.resolved()
     checkpoint = find_checkpoint(spec.model)
-    spec = preflight.with_dimensions(spec, checkpoint)
+    spec = checks.with_dimensions(spec, checkpoint)
     requests = [
         request
         for index, row in enumerate(sampled)
         if row.error is None
         for request in _requests(spec, index, row)
     ]
-    limit = preflight.input_limit(spec, checkpoint)
+    limit = checks.input_limit(spec, checkpoint)
     job = ReplicaJob(spec, device, limit + spec.answer_tokens, str(folder))
     answers = Runner(load_engine(job).engine).submit(requests).result() if requests else {}
     for index, row in enumerate(sampled):

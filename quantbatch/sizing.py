@@ -8,8 +8,8 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantbatch import storage
+from quantbatch.commits import JOB
 from quantbatch.errors import DoesNotFit, JobError, SpecError
-from quantbatch.ledger import JOB
 from quantbatch.model import cards, memory, thiscard
 from quantbatch.model.checkpoint import open_checkpoint, open_packed_gguf
 from quantbatch.model.llama_memory import plan_llama_cpp

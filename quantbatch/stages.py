@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 from typing_extensions import override
 
 from quantbatch import rows, tasks
+from quantbatch.commits import commit_chunk
 from quantbatch.errors import InputError, JobError, RowError, Stopped, StorageError
 from quantbatch.input import listing, sources
-from quantbatch.ledger import commit_chunk
 from quantbatch.model.checkpoint import find_checkpoint
 from quantbatch.prompts.renderers import renderer_of
 from quantbatch.prompts.tokens import tokenizer_of
@@ -29,7 +29,7 @@ from quantbatch.storage import open_store
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from quantbatch.ledger import OutputFormat
+    from quantbatch.commits import OutputFormat
     from quantbatch.prompts.renderers import AnyRenderer
     from quantbatch.spec import JobSpec
     from quantbatch.storage import Store

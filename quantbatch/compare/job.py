@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantbatch import preflight, sizing
+from quantbatch import checks, sizing
 from quantbatch.compare.candidates import Candidate, candidates_of, name_of, plan_field
 from quantbatch.compare.rows import spread_rows
 from quantbatch.errors import DoesNotFit, JobError, ModelError, SpecError
@@ -169,7 +169,7 @@ def prepare(spec: JobSpec, choices: Choices) -> Prepared:
         reference = name_of(choices.reference, "--reference", checkpoint)
         bits = f"{reference},{bits}"
     candidates = candidates_of(bits, model, checkpoint)
-    limit = preflight.input_limit(spec, checkpoint)
+    limit = checks.input_limit(spec, checkpoint)
     rows = spread_rows(spec, checkpoint, choices.rows, choices.gold)
     max_tokens = limit + greedy.max_new_tokens
     return Prepared(

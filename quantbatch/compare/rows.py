@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from quantbatch import preflight
+from quantbatch import checks
 from quantbatch.errors import InputError, JobError, SpecError
 from quantbatch.input import listing, sources
 from quantbatch.plan import make_plan
@@ -65,7 +65,7 @@ def spread_rows(
     """
     if count < 1:
         raise SpecError(JobError(f"--rows is {count}", "300 tell label agreement within 2 points"))
-    preflight.check_places(spec)
+    checks.check_places(spec)
     listed = listing.list_input(spec.input)
     plan = make_plan(spec, listed)
     if not plan.rows:
@@ -132,6 +132,6 @@ def _renderer(spec: JobSpec, checkpoint: Checkpoint) -> Renderer:
     return Renderer(
         spec.prompt,
         tokenizer_of(checkpoint),
-        max_prompt_tokens=preflight.input_limit(spec, checkpoint),
+        max_prompt_tokens=checks.input_limit(spec, checkpoint),
         too_long=spec.engine.too_long,
     )

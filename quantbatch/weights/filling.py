@@ -6,10 +6,10 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantbatch import storage
+from quantbatch.checks import input_limit
 from quantbatch.errors import JobError, SpecError
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.model.memory import plan_memory
-from quantbatch.preflight import input_limit
 from quantbatch.sizing import work_of
 from quantbatch.weights import dtypes, loading, peak
 from quantbatch.weights.cache import NoEntryError, WeightCache

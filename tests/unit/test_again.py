@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from quantbatch import again, rows
+from quantbatch.commits import commit_chunk, publish_shard
 from quantbatch.errors import Refused, StorageError
-from quantbatch.ledger import Ledger, commit_chunk, publish_shard
+from quantbatch.ledger import Ledger
 from quantbatch.records import Completion, Failure, FinishReason, RequestId
 from quantbatch.verify import verify
 from tests.unit.test_ledger import FailingStore, make_spec, opened, target_of

@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 import quantbatch
 from quantbatch.cli import app
+from quantbatch.commits import commit_chunk, publish_shard
 from quantbatch.console import one_line, plain, size
 from quantbatch.documents import describe_choice
 from quantbatch.errors import InputError, JobError, Refused, Stopped
 from quantbatch.input.listing import list_input
 from quantbatch.input.sources import read_slice
-from quantbatch.ledger import commit_chunk, publish_shard
 from quantbatch.model.cards import Card, find
 from quantbatch.preflight import Job, prepare
 from quantbatch.records import Completion, Counts, FinishReason, ReplicaStats, RequestId

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from quantbatch import reread
 from quantbatch.cli import app
+from quantbatch.commits import commit_chunk
 from quantbatch.faults import describe_faults
-from quantbatch.ledger import commit_chunk
 from quantbatch.records import Status
 from quantbatch.spec import Storage
 from tests.unit.test_again import answers, job_in

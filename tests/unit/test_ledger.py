@@ -11,22 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from quantbatch import rows
+from quantbatch.commits import Commit, commit_chunk, commit_key, data_key, publish_shard
 from quantbatch.documents import describe_status
 from quantbatch.errors import Refused, StorageError
-from quantbatch.ledger import (
-    Commit,
-    Ledger,
-    commit_chunk,
-    commit_key,
-    data_key,
-    publish_shard,
-)
+from quantbatch.ledger import Ledger
 from quantbatch.plan import Plan, make_plan
 from quantbatch.records import Completion, Counts, Failure, FinishReason, RequestId
 from quantbatch.spec import JobSpec
 
 if TYPE_CHECKING:
-    from quantbatch.ledger import OutputFormat
+    from quantbatch.commits import OutputFormat
     from quantbatch.records import Answer, Chunk
     from quantbatch.storage import Store
 

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from quantbatch import rows
+from quantbatch.commits import commit_chunk, publish_shard
 from quantbatch.errors import InputError
 from quantbatch.input import listing, sources
 from quantbatch.input.sources import read_slice
-from quantbatch.ledger import Ledger, commit_chunk, publish_shard
+from quantbatch.ledger import Ledger
 from quantbatch.plan import make_plan
 from quantbatch.records import Completion, Failure, FinishReason, RequestId, TokenLogprobs
 from quantbatch.reread import WINDOW

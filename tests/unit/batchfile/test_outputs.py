@@ -17,9 +17,9 @@ from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 
 from quantbatch import preflight, stages
+from quantbatch.commits import publish_shard
 from quantbatch.errors import InputError
 from quantbatch.input import sources
-from quantbatch.ledger import publish_shard
 from quantbatch.replica import Replica
 from quantbatch.spec import JobSpec
 from quantbatch.verify import verify
