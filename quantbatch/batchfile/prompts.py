@@ -17,7 +17,8 @@ from typing_extensions import override
 from quantbatch.batchfile.bodies import read_request
 from quantbatch.batchfile.refusals import BAD_REQUEST, UNSUPPORTED, bad
 from quantbatch.errors import RowError
-from quantbatch.prompts.rendering import ChatTemplate, Prompts
+from quantbatch.prompts.chat import ChatTemplate
+from quantbatch.prompts.rendering import Prompts
 from quantbatch.prompts.tokens import ControlTokens, Encoder, MarkedText
 from quantbatch.records import from_token_lists
 from quantbatch.spec import BatchRequests, JobSpec, Sampling

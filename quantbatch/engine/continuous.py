@@ -47,6 +47,7 @@ from quantbatch.engine.pieces import (
     ReadLimits,
 )
 from quantbatch.engine.probe import Probe
+from quantbatch.engine.readback import Readback
 from quantbatch.engine.reading import Readings, numbers
 from quantbatch.engine.sampling import Sampler
 from quantbatch.engine.scheduler import Scheduler
@@ -93,35 +94,6 @@ class EngineLimits:
     """Whether the common beginning of prompts is computed once."""
     record_steps: bool = True
     """Whether steps of single tokens are replayed from CUDA graphs, on a card."""
-
-
-class Readback:
-    """The results of a step on their way to the host, without waiting for them."""
-
-    def __init__(self, chosen: Chosen, reading: Reading | None) -> None:
-        self._tensors = [chosen.tokens_B, chosen.sound_B]
-        if chosen.logprobs is not None:
-            self._tensors += chosen.logprobs[1:]
-        if reading is not None:
-            self._tensors += reading.tensors
-        self._event: torch.cuda.Event | None = None
-        if chosen.tokens_B.device.type == "cuda":
-            self._tensors = [_on_its_way(tensor) for tensor in self._tensors]
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-
-    def wait(self) -> list[list[Any]]:
-        """Return the tokens, whether the scores of each were numbers, the log-probabilities of
-        those taken, with the likeliest tokens and theirs, if any row asks, and what rows read.
-        """
-        if self._event is not None:
-            self._event.synchronize()
-        return [tensor.tolist() for tensor in self._tensors]
-
-
-def _on_its_way(tensor: Tensor) -> Tensor:
-    there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return there.copy_(tensor, non_blocking=True)
 
 
 class _Launched(NamedTuple):
