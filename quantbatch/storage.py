@@ -52,6 +52,9 @@ class FileInfo(NamedTuple):
     size: int
     etag: str
     """Changes when the object does: S3's ETag, or size and modification time of a local file."""
+    modified_s: float = 0.0
+    """When it was last written, in seconds since 1970 by the store's clock, which may not be
+    ours."""
 
 
 class Store(Protocol):
@@ -267,7 +270,8 @@ def _is_text(name: str) -> bool:
 
 
 def _local_info(key: str, stat: os.stat_result) -> FileInfo:
-    return FileInfo(key, stat.st_size, f"{stat.st_mtime_ns:x}-{stat.st_size:x}")
+    etag = f"{stat.st_mtime_ns:x}-{stat.st_size:x}"
+    return FileInfo(key, stat.st_size, etag, stat.st_mtime)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -346,7 +350,9 @@ class S3Store:
 
     def _info(self, found: dict[str, Any]) -> FileInfo:
         key = found["name"][len(self.uri.removeprefix("s3://")) + 1 :]
-        return FileInfo(key, found["size"], found.get("ETag", "").strip('"'))
+        etag = found.get("ETag", "").strip('"')
+        modified = found.get("LastModified")  # a prefix that stands for a folder has none
+        return FileInfo(key, found["size"], etag, modified.timestamp() if modified else 0.0)
 
     def put(self, key: str, data: bytes) -> None:
         """See `Store`."""

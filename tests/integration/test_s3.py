@@ -27,6 +27,8 @@ def test_put_read_list_delete(bucket: Bucket) -> None:
     assert [(info.key, info.size) for info in store.list()] == [("a.json", 3), ("b/2.json", 3)]
     assert [info.key for info in store.list("b")] == ["b/2.json"]
     assert store.info("a.json").etag == next(store.list()).etag
+    for info in (store.info("a.json"), next(store.list())):
+        assert abs(info.modified_s - time.time()) < 60
     with store.open("a.json") as file:
         file.seek(1)
         assert file.read(1) == b"n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,7 @@ def test_version_changes_with_the_object(store: Store) -> None:
     before = store.info("a")
     store.put("a", b"other")
     assert store.info("a").etag != before.etag
+    assert abs(store.info("a").modified_s - time.time()) < 60
 
 
 def test_claim_tells_what_is_there(store: Store) -> None:
