@@ -12,6 +12,7 @@ import pytest
 
 from quantbatch.spec import Storage
 from quantbatch.storage import S3Store
+from tests.faults.proxy import FaultProxy
 from tests.integration.support import (
     Bucket,
     Head,
@@ -52,6 +53,19 @@ def bucket(s3_endpoint: str) -> Bucket:
     storage = Storage(endpoint_url=s3_endpoint)
     S3Store(f"s3://{name}", storage)._fs.mkdir(name)
     return Bucket(f"s3://{name}", storage)
+
+
+@pytest.fixture
+def fault_proxy(s3_endpoint: str) -> Iterator[FaultProxy]:
+    """A proxy before the S3 server that makes trouble when it is told to."""
+    with FaultProxy(s3_endpoint).serving() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def faulty_bucket(bucket: Bucket, fault_proxy: FaultProxy) -> Bucket:
+    """The fresh bucket of `bucket`, reached through the fault proxy."""
+    return bucket._replace(storage=Storage(endpoint_url=fault_proxy.endpoint))
 
 
 @pytest.fixture(scope="session")
