@@ -154,6 +154,8 @@ def report_table(report: RunReport) -> Table:
         rows.append((f"  {name}", f"{count:>{len(f'{counts.rows:,}')},}{share}"))
     generated = f", {counts.completion_tokens:,} generated" if counts.completion_tokens else ""
     rows.append(("tokens", f"{counts.prompt_tokens:,} read{generated}"))
+    if counts.cached:
+        rows.append(("cached", f"{several(counts.cached, 'row')}, whose tokens are not counted"))
     if run.counts.rows:
         if run.counts != counts:
             rows.append(("this run", f"{run.counts.rows:,} rows in {run.total_s or 0:,.1f} s"))
@@ -175,8 +177,6 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
     if run.counts.completion_tokens:
         speed += f", {run.tokens_per_s:,.1f} tokens/s"
     rows = [("speed", speed)]
-    if "from_cache" in run.engine:
-        rows.append(("cached", f"{several(round(run.engine['from_cache']), 'answer')} taken"))
     if run.planned_bytes:
         memory = f"{size(run.planned_bytes)} planned, {size(run.peak_bytes)} measured"
         rows.append(("peak memory", f"{memory} ({several(len(run.replicas), 'replica')})"))

@@ -203,7 +203,11 @@ Answer = Completion | Ranked | Scored | Embedded | Failure
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Rows by status, and tokens; adds up over chunks and shards."""
+    """Rows by status, and tokens; adds up over chunks and shards.
+
+    Tokens are those of rows that a model was asked for: neither of rows that were wrong before, nor
+    of those whose answers were all in `answers_cache`.
+    """
 
     ok: int = 0
     truncated: int = 0
@@ -213,6 +217,8 @@ class Counts:
     completion_tokens: int = 0
     unread: int = 0
     """Error rows whose file can't be read, among those of `error`."""
+    cached: int = 0
+    """Rows whose answers were all in `answers_cache`, whatever their status."""
 
     @property
     def rows(self) -> int:

@@ -105,7 +105,7 @@ def rendered(
     Args:
         kept: The input columns that the output carries.
         ids: Row ids.
-        prompt_ids: Token ids, null where a row has an error.
+        prompt_ids: Token ids; those of rows with an error are left out, since no model reads them.
         errors: What is wrong with rows.
         asks: `wants.Ask` as JSON; null where a row asks for nothing of its own.
     """
@@ -115,12 +115,20 @@ def rendered(
     columns = {KEPT + name: kept[name] for name in kept.column_names}
     columns |= {
         "row_id": ids,
-        "prompt_ids": prompt_ids,
+        "prompt_ids": _without(prompt_ids, errors),
         "ask": pa.nulls(count, pa.string()) if asks is None else asks,
         "error_type": pa.array(kinds, pa.string()),
         "error_message": pa.array(messages, pa.string()),
     }
     return pa.table(columns)
+
+
+def _without(prompt_ids: pa.Array, errors: Mapping[int, RowError]) -> pa.Array:
+    """Return prompts, null where a row has an error."""
+    if not any(prompt_ids[row].is_valid for row in errors):
+        return prompt_ids
+    kept = pa.array([None if row in errors else row for row in range(len(prompt_ids))], pa.int64())
+    return prompt_ids.take(kept)
 
 
 def asks_of(rows: pa.Table) -> list[Ask]:
@@ -177,12 +185,15 @@ def counts_of(rows: pa.Table) -> Counts:
     """Count the answered rows of a chunk by status, and their tokens."""
     tally = {r["values"]: r["counts"] for r in pc.value_counts(rows["status"]).to_pylist()}
     assert set(tally) <= {str(status) for status in Status}, f"unknown status in {tally}"
+    has_cache = "cached" in rows.column_names
+    paid = rows.filter(pc.invert(rows["cached"])) if has_cache else rows
     return Counts(
         **tally,
         unread=pc.sum(pc.equal(rows["error_type"], UNREADABLE_FILE)).as_py() or 0,
-        prompt_tokens=pc.sum(rows["prompt_tokens"]).as_py() or 0,
-        completion_tokens=_total(rows["completion_tokens"])
-        if "completion_tokens" in rows.column_names
+        cached=rows.num_rows - paid.num_rows,
+        prompt_tokens=pc.sum(paid["prompt_tokens"]).as_py() or 0,
+        completion_tokens=_total(paid["completion_tokens"])
+        if "completion_tokens" in paid.column_names
         else 0,
     )
 

@@ -332,8 +332,8 @@ class Classify(Section):
 
     Columns: `label` (a list with `multi_label`), `probabilities` (a struct with a field for each
     label; with `labels_column` a list of {label, probability}), `margin` (between the two likeliest
-    labels; with `multi_label` the smallest between a yes and its no) and `entropy` (in nats; with
-    `multi_label` that of all questions together).
+    labels; with `multi_label` that of the least sure one, see `min_margin`) and `entropy` (in
+    nats; with `multi_label` that of all questions together).
     """
 
     kind: Literal["classify"] = "classify"
@@ -341,7 +341,8 @@ class Classify(Section):
     """A list of labels, or of each label the words that stand for it: {billing: [billing,
     invoice]}, whose probabilities add up."""
     labels_column: str | None = None
-    """A column that holds a list of each row's own labels, instead of `labels`."""
+    """A column that holds a list of each row's own labels, instead of `labels`. A row with a
+    single one is an error row, for there is nothing to choose, unless `multi_label` asks."""
     max_label_tokens: Annotated[int, Field(ge=1)] = 64
     """Longest label of `labels_column`, in tokens: a prompt leaves that much room."""
     before: str = ""
@@ -360,7 +361,8 @@ class Classify(Section):
     calibration, arXiv 2102.09690), against a model's liking for certain labels."""
     min_margin: Annotated[float, Field(ge=0, le=1)] | None = None
     """With a smaller margin a row has the status `invalid` and no label, but its probabilities;
-    such rows count for limits.max_error_rate."""
+    such rows count for limits.max_error_rate. With `multi_label` a margin is how far a yes is from
+    `threshold`: 0 there, 1 at a probability of 0 or 1."""
     multi_label: MultiLabel | None = None
 
     @property

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 WHITE_SPACE = r"(?: |\n {0,16})?"
 MOST_CHARACTERS = 400
 """Longest part of a library's message that is shown."""
+TOO_DEEP = "it is nested too deeply (some 60 levels can be had), or a $ref leads back to itself"
 LONGEST_PART = 64
 """Bytes of a fixed part of an answer that are looked at: as many as the longest words have."""
 
@@ -77,9 +78,10 @@ def problem(grammar: Grammar) -> str:
             # Any text will do: a reference that leads to itself has no end with all of them.
             _violation(grammar.text, None)
     except RecursionError:
-        return "it is nested too deeply, or a $ref leads back to itself"
+        return TOO_DEEP
     except ValueError as error:
-        return str(error)
+        # So says llguidance of JSON with more than 128 levels.
+        return TOO_DEEP if "recursion limit exceeded" in str(error) else str(error)
     return wrong
 
 

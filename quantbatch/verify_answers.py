@@ -27,6 +27,8 @@ SUM_TOLERANCE = 1e-6
 """How far from 1 the sum of a row's probabilities may be."""
 LENGTH_TOLERANCE = {"float32": 1e-3, "float16": 1e-2}
 """How far from 1 the length of a normalized vector may be."""
+_ELSEWHERE = ("$ref", "anyOf", "oneOf", "allOf")
+"""Keys under which a part of a schema says that another part is meant."""
 _TOP = pa.list_(pa.struct([("token_id", pa.int32()), ("logprob", pa.float32())]))
 _PAIR = pa.struct([("label", pa.string()), ("probability", pa.float64())])
 
@@ -93,11 +95,19 @@ def _schema(spec: JobSpec) -> Any:  # noqa: ANN401 - any JSON
 
 
 def _properties(spec: JobSpec) -> dict[str, Any]:
-    whole = _schema(spec)
-    while "$ref" in whole:
-        whole = _named(whole["$ref"], _schema(spec))
+    whole, root = _schema(spec), _schema(spec)
+    while following := next((key for key in _ELSEWHERE if key in whole), None):
+        whole = _followed(whole[following], root)
     found: dict[str, Any] = whole.get("properties", {})
     return found
+
+
+def _followed(found: Any, root: Any) -> Any:  # noqa: ANN401 - a part of a schema
+    """Return what a reference names, or the one of some alternatives that is not null."""
+    if isinstance(found, str):
+        return _named(found, root)
+    [one] = [each for each in found if each != {"type": "null"}]
+    return one
 
 
 def _named(reference: str, root: Any) -> Any:  # noqa: ANN401 - a part of a schema
@@ -107,12 +117,9 @@ def _named(reference: str, root: Any) -> Any:  # noqa: ANN401 - a part of a sche
 
 
 def _of_property(found: Any, root: Any) -> pa.DataType:  # noqa: ANN401 - a part of a schema
-    if "$ref" in found:
-        return _of_property(_named(found["$ref"], root), root)
-    for key in ("anyOf", "oneOf", "allOf"):
+    for key in _ELSEWHERE:
         if key in found:
-            [one] = [each for each in found[key] if each != {"type": "null"}]
-            return _of_property(one, root)
+            return _of_property(_followed(found[key], root), root)
     values = found.get("enum", [found["const"]] if "const" in found else [])
     example = next((each for each in values if each is not None), None)
     if isinstance(example, int | float) and not isinstance(example, bool):

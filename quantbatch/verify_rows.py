@@ -108,8 +108,12 @@ class Claims:
 def our_fields(spec: JobSpec) -> list[pa.Field]:
     """Return the columns that a job adds, as its output names them."""
     types = _OF_ROWS | of_answers(spec)
-    types |= {"cached": pa.bool_()} if spec.answers_cache else {}
+    types |= dict.fromkeys(_cached(spec), pa.bool_())
     return [pa.field(spec.output.prefix + name, kind) for name, kind in types.items()]
+
+
+def _cached(spec: JobSpec) -> list[str]:
+    return ["cached"] if spec.answers_cache else []
 
 
 @dataclass
@@ -228,7 +232,8 @@ class SideBySide:
         """Yield the rows of a file, having counted and checked what a job adds to them."""
         prefix = self._spec.output.prefix
         for batch in part_batches(self._store, part.key, None):
-            ours = {name: batch[prefix + name] for name in (*_OF_ROWS, *of_answers(self._spec))}
+            names = (*_OF_ROWS, *of_answers(self._spec), *_cached(self._spec))
+            ours = {name: batch[prefix + name] for name in names}
             self._count(ours)
             self._check_answers(ours)
             yield batch.append_column(ROW_ID, pc.fill_null(ours["row_id"], ""))
@@ -239,12 +244,15 @@ class SideBySide:
         for status, count in found.items():
             self._problems.note("rows with an unknown status", repr(status), count)
         counted = ("prompt_tokens", "completion_tokens")
-        numbers = {name: ours[name] for name in counted if name in ours}
+        none = pa.array([False] * len(ours["status"]))
+        cached = ours.get("cached", none)
+        numbers = {name: ours[name].filter(pc.invert(cached)) for name in counted if name in ours}
         if self._spec.task.kind == "generate" and self._spec.sampling.n > 1:
             numbers["completion_tokens"] = pc.list_flatten(numbers["completion_tokens"])
         tokens = {name: pc.sum(column).as_py() or 0 for name, column in numbers.items()}
         unread = pc.sum(pc.equal(ours["error_type"], UNREADABLE_FILE)).as_py() or 0
-        self.counts += Counts(**known, **tokens, unread=unread)
+        copies = pc.sum(cached).as_py() or 0
+        self.counts += Counts(**known, **tokens, unread=unread, cached=copies)
         # A row of an unknown status is a row all the same.
         self.counts += Counts(invalid=sum(found.values()))
 

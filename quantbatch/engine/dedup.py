@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quantbatch.answers.keys import Keys
-from quantbatch.records import Completion, Ranked
+from quantbatch.records import Completion, Embedded, Failure, Ranked, Scored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from quantbatch.records import Answer, Request, RequestId
 
 REMEMBERED_TOKENS = 1_000_000
-"""Tokens of answers that are remembered: some 50 MB of Python objects."""
+"""Tokens of answers that are remembered, or numbers that were read: some 50 MB of Python
+objects. Of vectors of 4,096 numbers that is 240."""
 ANSWER_OVERHEAD_TOKENS = 32
 """What an answer takes beside its tokens, counted in tokens."""
 
@@ -40,7 +41,7 @@ class Deduplicated:
         """Requests answered with another's answer."""
         self._most_tokens = remembered_tokens
         self._tokens = 0
-        self._answers: OrderedDict[bytes, Completion | Ranked] = OrderedDict()
+        self._answers: OrderedDict[bytes, Answer] = OrderedDict()
         self._digest_of: dict[RequestId, bytes] = {}
         """Of the requests that the engine has and that others may wait for."""
         self._followers: dict[bytes, list[Request]] = {}
@@ -89,8 +90,8 @@ class Deduplicated:
         self._ready += copies
 
     def _remember(self, digest: bytes, answer: Answer) -> None:
-        if not isinstance(answer, Completion | Ranked):
-            return
+        if isinstance(answer, Failure):
+            return  # it may be of its time, such as a lack of memory
         self._answers[digest] = answer
         self._tokens += _size(answer)
         while self._tokens > self._most_tokens:
@@ -107,8 +108,17 @@ class Deduplicated:
         return evicted
 
 
-def _size(answer: Completion | Ranked) -> int:
-    if isinstance(answer, Ranked):
-        return ANSWER_OVERHEAD_TOKENS + sum(map(len, answer.logprobs))
-    logprobs = sum(1 + len(each.top) for each in answer.logprobs or ())
-    return ANSWER_OVERHEAD_TOKENS + len(answer.token_ids) + 4 * logprobs
+def _size(answer: Answer) -> int:
+    return ANSWER_OVERHEAD_TOKENS + _length(answer)
+
+
+def _length(answer: Answer) -> int:
+    match answer:
+        case Completion(token_ids=token_ids, logprobs=logprobs):
+            return len(token_ids) + 4 * sum(1 + len(each.top) for each in logprobs or ())
+        case Ranked(logprobs=candidates):
+            return sum(map(len, candidates))
+        case Scored(logprobs=numbers) | Embedded(vector=numbers):
+            return len(numbers)
+        case Failure():
+            return 0

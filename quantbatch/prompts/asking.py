@@ -238,6 +238,9 @@ def _own_labels(value: object, task: Classify) -> list[str]:
         raise RowError("bad_labels", f"column {column!r} holds a label that is empty or no text")
     if len(set(map(plain_label, labels))) < len(labels):
         raise RowError("bad_labels", f"column {column!r} holds a label twice")
+    if len(labels) == 1 and not task.multi_label:
+        why = f"column {column!r} holds the label {labels[0]!r} alone, and it takes 2 to compare"
+        raise RowError("bad_labels", why)
     return labels
 
 

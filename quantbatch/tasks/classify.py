@@ -134,23 +134,24 @@ def _one(task: Classify, labels: Sequence[str], weights: NDArray[np.float64]) ->
     shares = np.exp(weights - np.logaddexp.reduce(weights))
     shares /= shares.sum()
     first = int(np.argmax(shares))
-    others = np.delete(shares, first)
-    margin = float(shares[first] - others.max(initial=0.0))
+    margin = float(shares[first] - np.delete(shares, first).max())
     label = labels[first] if _is_sure(task, margin) else None
     return Verdict(_named(labels, shares), margin, _entropy(shares), label)
 
 
 def _several(task: Classify, labels: Sequence[str], weights: NDArray[np.float64]) -> Verdict:
-    """Compare each label's yes with its no, its two columns."""
+    """Compare each label's yes with its no, its two columns.
+
+    The margin is that of the least sure label: how far its yes is from the threshold, as a share of
+    the way to a certain yes or a certain no.
+    """
     assert task.multi_label is not None
+    threshold = task.multi_label.threshold
     shares = np.exp(weights - np.logaddexp.reduce(weights, axis=1, keepdims=True))
     yes = shares[:, 0]
-    margin = float(np.abs(shares[:, 0] - shares[:, 1]).min())
-    applying = [
-        label
-        for label, share in zip(labels, yes, strict=True)
-        if share >= task.multi_label.threshold
-    ]
+    ways = np.where(yes >= threshold, 1 - threshold, threshold)
+    margin = float((np.abs(yes - threshold) / ways).min())
+    applying = [label for label, share in zip(labels, yes, strict=True) if share >= threshold]
     label = applying if _is_sure(task, margin) else None
     return Verdict(_named(labels, yes), margin, _entropy(shares), label)
 

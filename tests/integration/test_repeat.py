@@ -167,6 +167,7 @@ def test_a_nightly_job_pays_for_new_rows_only(
     change(spec, output={"uri": str(tmp_path / "out2")})
     second = pipeline.run(load_spec(spec))
     assert second.run.engine["from_cache"] == ROWS
+    assert (first.counts.cached, second.counts.cached) == (0, ROWS)
     assert kept(cache) == ROWS + 50, "only new rows were answered"
     found: list[dict[str, Any]] = pq.ParquetDataset(tmp_path / "out2").read().to_pylist()
     assert [row["cached"] for row in found] == [row["id"] < ROWS for row in found]

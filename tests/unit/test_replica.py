@@ -11,7 +11,7 @@ from quantbatch import replica, rows
 from quantbatch.answers.cache import Space
 from quantbatch.errors import RowError
 from quantbatch.prompts.rendering import row_seed, sample_seed
-from quantbatch.records import Completion, Failure, FinishReason, Request, pack, unpack
+from quantbatch.records import Completion, Counts, Failure, FinishReason, Request, pack, unpack
 from quantbatch.replica import LoadedEngine, Replica, ReplicaJob
 from quantbatch.spec import JobSpec
 from quantbatch.storage import LocalStore
@@ -130,6 +130,15 @@ def test_answers_that_are_kept_are_not_asked_for_again(
     assert second.drop_columns("cached") == first.drop_columns("cached")
     other = Space(space.store, {"model": "another"})
     assert len(answered(monkeypatch, 1, space=other)[1]) == 2
+    assert rows.counts_of(first) == Counts(ok=2, error=1, prompt_tokens=3, completion_tokens=2)
+    assert rows.counts_of(second) == Counts(ok=2, error=1, cached=2)
+
+
+def test_the_prompt_of_a_row_that_no_model_reads_is_not_counted() -> None:
+    prompts = pa.array([[5], [6, 7], None], pa.list_(pa.int32()))
+    errors = {1: RowError("bad_schema", "none"), 2: RowError("null_prompt", "null")}
+    rendered = rows.rendered(pa.table({}), pa.array(["a", "b", "c"]), prompts, errors)
+    assert rendered["prompt_ids"].to_pylist() == [[5], None, None]
 
 
 def test_a_cache_that_can_not_be_written_costs_no_answer(

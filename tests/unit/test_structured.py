@@ -44,11 +44,14 @@ def test_what_does_not_compile_says_why(grammar: Grammar, reason: str) -> None:
     assert "\n" not in problem
 
 
-def test_a_schema_that_is_too_deep_is_refused() -> None:
-    deep: dict[str, Any] = {"type": "string"}
-    for _ in range(400):
-        deep = {"type": "object", "properties": {"a": deep}}
-    assert "nested too deeply" in structured.problem(schema(deep))
+@pytest.mark.parametrize("levels", [70, 400])
+def test_a_schema_that_is_too_deep_is_refused(levels: int) -> None:
+    def nested(levels: int) -> dict[str, Any]:
+        inner = nested(levels - 1) if levels else {"type": "string"}
+        return {"type": "object", "properties": {"a": inner}}
+
+    assert structured.problem(schema(nested(50))) == ""
+    assert "nested too deeply" in structured.problem(schema(nested(levels)))
 
 
 @pytest.mark.parametrize(

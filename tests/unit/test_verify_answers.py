@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
+from quantbatch import tasks
 from quantbatch.spec import JobSpec
 from quantbatch.verify_answers import odd_rows, of_answers
 
@@ -68,3 +70,37 @@ def test_vectors_that_have_not_the_length_1_are_noticed() -> None:
     rows.append({"status": "error", "error_type": "model", "embedding": None})
     assert odd(rows, task) == {"rows whose vector has not the length 1": [1]}
     assert odd(rows, task | {"normalize": False}) == {}
+
+
+FLAT = {"type": "object", "properties": {"stars": {"type": "integer"}, "by": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        FLAT,
+        {"allOf": [FLAT]},
+        {"anyOf": [{"type": "null"}, FLAT]},
+        {"$ref": "#/$defs/R", "$defs": {"R": FLAT}},
+        {"oneOf": [{"$ref": "#/$defs/R"}], "$defs": {"R": {"allOf": [FLAT]}}},
+    ],
+)
+def test_properties_are_found_where_the_task_finds_them(schema: dict[str, Any]) -> None:
+    spec = JobSpec.model_validate(
+        {
+            "name": "n", "input": {"uri": "i"}, "model": {"id": "m"},
+            "output": {"uri": "o", "explode": True}, "prompt": {"template": "{{ t }}"},
+            "task": {"kind": "generate", "response": {"json_schema": schema}},
+        }
+    )  # fmt: skip
+    written = {field.name: field.type for field in tasks.fields(spec)}
+    assert of_answers(spec) == written
+    assert [*written][-2:] == ["stars", "by"]
+    text = ['{"stars": 2, "by": "x"}']
+    columns = {
+        "status": ["ok"], "error_type": [None], "completion": text, "stars": [2], "by": ["y"],
+    }  # fmt: skip
+    found = odd_rows(
+        spec, {name: pa.chunked_array([pa.array(each)]) for name, each in columns.items()}
+    )
+    assert found["rows whose columns are not what their answer says"].to_pylist() == [True]

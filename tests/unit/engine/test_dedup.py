@@ -13,16 +13,22 @@ from quantbatch.engine.dedup import ANSWER_OVERHEAD_TOKENS, Deduplicated
 from quantbatch.records import (
     Answer,
     Completion,
+    Embedded,
     Failure,
     FinishReason,
+    Ranked,
     Request,
     RequestId,
+    Scored,
     TokenLogprobs,
 )
 from quantbatch.spec import Sampling
+from quantbatch.wants import Embed, Rank, Score
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from quantbatch.wants import Want
 
 GREEDY = Sampling(max_new_tokens=4)
 POISON = 666
@@ -59,6 +65,15 @@ class Fake:
 
 
 def fake_answer(request: Request) -> Answer:
+    match request.want:
+        case Rank(candidates=candidates):
+            return Ranked(request.id, tuple((-1.0,) * len(ids) for ids in candidates))
+        case Score(first=first):
+            return Scored(request.id, (-1.0,) * (len(request.prompt_ids) - first))
+        case Embed():
+            return Embedded(request.id, tuple(map(float, request.prompt_ids)))
+        case _:
+            pass
     if WRONG in request.prompt_ids:
         return Failure(request.id, "bad_request", "wrong")
     said = (*request.prompt_ids, request.sampling.max_new_tokens)
@@ -201,6 +216,26 @@ def test_what_is_remembered_is_bounded() -> None:
     assert [id.row for id in fake.asked] == [103, 104]
     assert not engine._followers
     assert not engine._digest_of
+
+
+@pytest.mark.parametrize(
+    ("want", "numbers"),
+    [(Rank(((1, 2), (3,), (4, 5, 6))), 6), (Score(1), 2), (Embed(), 3), (Embed("mean"), 3)],
+)
+def test_what_was_read_is_remembered_as_long_as_it_has_room(want: Want, numbers: int) -> None:
+    def reading(row: int, token: int) -> Request:
+        return replace(request(row, token, 8, 9), want=want)
+
+    fake = Fake(batch=100)
+    size = ANSWER_OVERHEAD_TOKENS + numbers
+    engine = Deduplicated(fake, remembered_tokens=3 * size)
+    engine.add(reading(row, token) for row, token in enumerate([1, 2, 3, 4]))
+    drained(engine)
+    again = [reading(10, 4), reading(11, 2), reading(12, 1)]
+    engine.add(again)
+    assert drained(engine) == {each.id: fake_answer(each) for each in again}
+    assert [id.row for id in fake.asked] == [0, 1, 2, 3, 12], "the oldest is forgotten"
+    assert engine._tokens == 3 * size
 
 
 def test_an_answer_larger_than_all_that_is_remembered() -> None:

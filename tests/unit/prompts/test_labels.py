@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from quantbatch.errors import SpecError
 from quantbatch.prompts.asking import Asker
 from quantbatch.prompts.rendering import Prompts
-from quantbatch.spec import Classify, Embed, Prompt, Score
+from quantbatch.spec import Classify, Embed, MultiLabel, Prompt, Score
 from quantbatch.wants import Ask, Rank, read_ask
 from quantbatch.wants import Score as WantScore
 
@@ -177,6 +177,7 @@ def test_control_tokens_in_labels_and_rows_are_text(tiny: Any) -> None:
     ("own", "said"),
     [
         (None, "no list"), ([], "no list"), (["a", None], "empty or no text"),
+        (["b"], "holds the label 'b' alone"),
         (["a", " a"], "twice"), (["a", " "], "empty"), (["a", "b" * 90], "max_label_tokens"),
     ],
 )  # fmt: skip
@@ -187,6 +188,12 @@ def test_a_row_with_bad_labels_is_an_error_row(tiny: Any, own: Any, said: str) -
     assert found.errors[0].kind == "bad_labels"
     assert said in found.errors[0].message
     assert asks(found)[1].about == ["a", "b"]
+
+
+def test_a_single_label_is_one_to_say_yes_or_no_to(tiny: Any) -> None:
+    rows = {"text": ["x"], "own": pa.array([["a"]], pa.list_(pa.string()))}
+    task = Classify(labels_column="own", multi_label=MultiLabel())
+    assert not asked(tiny, task, rows, chat=True).errors
 
 
 def test_a_job_s_labels_with_the_same_tokens_are_refused(tmp_path: Path, tiny: Any) -> None:

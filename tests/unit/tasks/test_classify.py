@@ -65,6 +65,20 @@ def test_each_of_several_labels_is_for_itself() -> None:
     assert weigh([log(0.3, 0.1, 0.01, 0.03)], multi_label={"threshold": 0.2}).label == ["a", "bb"]
 
 
+@pytest.mark.parametrize(
+    ("yes", "threshold", "margin"),
+    [(0.75, 0.5, 0.5), (0.25, 0.5, 0.5), (0.7, 0.6, 0.25), (0.5, 0.8, 0.375), (0.8, 0.8, 0.0)],
+)
+def test_how_sure_a_yes_is_is_measured_from_the_threshold(
+    yes: float, threshold: float, margin: float
+) -> None:
+    sure = (0.999, 0.001)
+    options = {"threshold": threshold}
+    found = weigh([log(*sure, yes, 1 - yes)], multi_label=options)
+    assert found.margin == pytest.approx(margin, abs=1e-9)
+    assert found.label == (["a", "bb"] if yes >= threshold else ["a"])
+
+
 @given(st.lists(st.floats(-1e4, -1e-9), min_size=3, max_size=3))
 def test_they_are_probabilities_whatever_comes(sums: list[float]) -> None:
     found = weigh([ranked(*sums)], labels=["a", "b", "c"])
@@ -103,14 +117,14 @@ def test_an_unsure_row_keeps_its_probabilities_and_has_no_label() -> None:
 
 def test_a_row_s_own_labels_come_as_a_list() -> None:
     spec = spec_of(labels_column="own")
-    asks = [Ask(about=["x", "y"]), Ask(about=["z"])]
-    _, probabilities, margin, _ = columns(spec, asks, [[log(0.1, 0.3)], [log(0.2)]])
+    asks = [Ask(about=["x", "y"]), Ask(about=["z", "w"])]
+    _, probabilities, margin, _ = columns(spec, asks, [[log(0.1, 0.3)], [log(0.2, 0.2)]])
     assert probabilities.to_pylist() == [
         [{"label": "x", "probability": pytest.approx(0.25)},
          {"label": "y", "probability": pytest.approx(0.75)}],
-        [{"label": "z", "probability": 1.0}],
+        [{"label": "z", "probability": 0.5}, {"label": "w", "probability": 0.5}],
     ]  # fmt: skip
-    assert margin.to_pylist() == pytest.approx([0.5, 1.0])
+    assert margin.to_pylist() == pytest.approx([0.5, 0.0])
 
 
 @pytest.mark.parametrize(
