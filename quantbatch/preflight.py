@@ -85,8 +85,8 @@ class Job:
 
     @property
     def answers(self) -> Space | None:
-        """Where the job keeps answers for later ones; None if it does not."""
-        return Space.of(self.spec, self.checkpoint.digest)
+        """Where answers are kept, for later jobs or for this one; None if they are not."""
+        return Space.of(self.spec, self.checkpoint.digest, self.ledger.store)
 
 
 def prepare(spec: JobSpec, *, extend: bool = False) -> Job:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from quantbatch import again, pipeline, sizing, stages, tasks
+from quantbatch.answers import packs
 from quantbatch.checks import check_tokens, input_limit
 from quantbatch.errors import DoesNotFit, Refused
 from quantbatch.ledger import read_job
@@ -150,4 +151,6 @@ def _answer(job: Job, found: Retry, figures: RunFigures, progress: Progress) -> 
         for receipt in held.enter_context(contextlib.closing(receipts)):
             publisher.publish(*again.record(ledger, found, receipt))
             progress.committed(receipt, figures)
+    if job.answers:
+        packs.tidy(job.answers)
     again.close(ledger, found, succeeded=not job.missing)

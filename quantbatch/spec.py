@@ -554,7 +554,9 @@ class ModelEngine(Section):
     """What becomes of a longer prompt: an error row, or cut on the left (keeps its end, with the
     template's generation prompt) or on the right (keeps its beginning)."""
     deduplicate: bool = Field(True, json_schema_extra=TUNING)
-    """Answer equal prompts once, where the answer is certain (temperature 0)."""
+    """Answer equal prompts once, where the answer is certain (temperature 0, labels, scores,
+    vectors): within a replica, and, where they are more than one in a hundred, also across replicas
+    and continued runs, by answers that are kept beside the output until the job is done."""
 
 
 class ContinuousEngine(ModelEngine):

@@ -12,6 +12,9 @@ which stay for a day, so that a reader who knows only them goes on undisturbed (
 A replica learns the keys of all files when its first chunk comes, and looks for new files now and
 then, so it also finds what other replicas of the same job, and attempts before a crash, have done.
 
+A job without a cache has a space of its own beside its records (`OF_JOB`), for as long as it runs:
+rows that are the same are answered once, whichever replica has them, before and after a crash.
+
 What goes wrong here never fails a job: a file that is damaged or gone is a miss, and a cache that
 can't be reached is left alone for a while.
 """
@@ -37,7 +40,7 @@ from quantbatch.answers import tables
 from quantbatch.answers.index import MOST_KEYS, Index, Place
 from quantbatch.errors import StorageError
 from quantbatch.reread import Unreadable, open_parquet
-from quantbatch.storage import open_store, redact
+from quantbatch.storage import PRIVATE, open_store, redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -50,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Version of the files."""
+OF_JOB = f"{PRIVATE}/answers"
+"""Where a job's own space is, in its output."""
 TIME = "%Y%m%dT%H%M%SZ"
 PACK = ".pack.parquet"
 ROWS_PER_GROUP = 2048
@@ -70,10 +75,13 @@ class Space(NamedTuple):
     store: Store
     about: dict[str, Any]
     """What decides an answer beside its request, in JSON types."""
+    under: str = ""
+    """A folder of the store that it is in."""
 
     @classmethod
-    def of(cls, spec: JobSpec, model_digest: str) -> Space | None:
-        """Return the space of a job; None if it keeps no answers.
+    def of(cls, spec: JobSpec, model_digest: str, output: Store) -> Space | None:
+        """Return the space of a job: in its cache, else in its output; None if equal requests are
+        to be answered each for itself.
 
         Which of the engines ran a model is not in it, nor are versions of libraries: they decide no
         more than ties.
@@ -81,8 +89,6 @@ class Space(NamedTuple):
         Raises:
             StorageError: No store is known for the cache's URI.
         """
-        if spec.answers_cache is None:
-            return None
         kind = spec.engine.kind
         deciding = ("model.quantization", "model.dtype", "model.trust_remote_code")
         about = {
@@ -91,12 +97,27 @@ class Space(NamedTuple):
             "by": kind if kind in ("echo", "llama_cpp") else "transformers",
             **{k: v for k, v in sorted(spec.deciding().items()) if k.startswith(deciding)},
         }
+        if spec.answers_cache is None:
+            return (
+                cls(output, about, OF_JOB) if getattr(spec.engine, "deduplicate", False) else None
+            )
         return cls(open_store(spec.answers_cache.uri, spec.answers_cache.storage), about)
+
+    @property
+    def is_of_job(self) -> bool:
+        """Whether nobody needs it when its job is done."""
+        return self.under == OF_JOB
+
+    @property
+    def name(self) -> str:
+        """What a user knows it by."""
+        return OF_JOB if self.is_of_job else "answers_cache"
 
     @property
     def folder(self) -> str:
         """Its folder: SHA-256 of what it is about, as hex."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        digest = hashlib.sha256(self.to_bytes()).hexdigest()
+        return f"{self.under}/{digest}" if self.under else digest
 
     def to_bytes(self) -> bytes:
         """Return what it is about as JSON."""
@@ -126,7 +147,7 @@ class AnswerCache:
     """
 
     def __init__(self, space: Space, most_keys: int = MOST_KEYS) -> None:
-        self._store, self._folder = space.store, space.folder
+        self._store, self._folder, self._name = space.store, space.folder, space.name
         self._about = space.to_bytes()
         self._lock = threading.Lock()
         self._index = Index(most_keys)
@@ -172,7 +193,8 @@ class AnswerCache:
 
     def _rest(self, error: StorageError) -> None:
         self._rests_until = time.monotonic() + REST_S
-        logger.warning("answers_cache can't be reached, going on without for a while: %s", error)
+        said = "%s can't be reached, going on without for a while: %s"
+        logger.warning(said, self._name, error)
 
     # ---- which answers there are
 
@@ -191,7 +213,8 @@ class AnswerCache:
         took = time.monotonic() - started
         self._look_at = time.monotonic() + max(LOOK_EVERY_S, took / LOOK_SHARE)
         if self._index.full:
-            logger.warning("answers_cache has more than %d answers: the rest is unseen", MOST_KEYS)
+            said = "%s has more than %d answers: the rest is unseen"
+            logger.warning(said, self._name, MOST_KEYS)
 
     def _learn(self, names: Iterable[str]) -> None:
         new = [name for name in names if name not in self._known]

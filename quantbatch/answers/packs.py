@@ -39,11 +39,17 @@ KEPT_FOR = timedelta(days=1)
 
 
 def tidy(space: Space) -> None:
-    """Pack small files if there are many, and remove those packed long ago; trouble is logged."""
+    """Pack small files if there are many, and remove those packed long ago; of a job that is done,
+    remove its own. Trouble is logged.
+    """
     try:
-        _tidy(space.store, space.folder)
+        if space.is_of_job:
+            for info in list(space.store.list(space.under)):
+                space.store.delete(info.key)
+        else:
+            _tidy(space.store, space.folder)
     except StorageError as error:
-        logger.warning("answers_cache can't be tidied up: %s", error)
+        logger.warning("%s can't be tidied up: %s", space.name, error)
 
 
 def _tidy(store: Store, folder: str) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from quantbatch import replica, rows
-from quantbatch.answers.cache import Space
+from quantbatch.answers import packs
+from quantbatch.answers.cache import OF_JOB, Space
+from quantbatch.engine.dedup import Deduplicated
 from quantbatch.errors import RowError
 from quantbatch.prompts.rendering import row_seed, sample_seed
 from quantbatch.records import Completion, Counts, Failure, FinishReason, Request, pack, unpack
@@ -58,22 +60,25 @@ def answered(
     planned_bytes: int = 0,
     peak_bytes: int = 0,
     space: Space | None = None,
+    prompts: Sequence[list[int] | None] = ([5], None, [6, 7]),
 ) -> tuple[pa.Table, list[Request]]:
     """Have a chunk of three rows answered, the second of which has an error already."""
     engine = Backwards()
-    loaded = LoadedEngine(engine, planned_bytes, lambda: peak_bytes)
+    loaded = LoadedEngine(Deduplicated(engine), planned_bytes, lambda: peak_bytes)
     monkeypatch.setattr(replica, "load_engine", lambda _: loaded)
     spec = JobSpec.model_validate(
         {
             "name": "t", "input": {"uri": "in"}, "model": {"id": "m"}, "output": {"uri": "out"},
             "prompt": {"template": "x"}, "sampling": {"n": samples, "temperature": 1.0, "seed": 7},
-            **({"sampling": {}, "answers_cache": {"uri": space.store.uri}} if space else {}),
+            **({"sampling": {}} if space else {}),
+            **({"answers_cache": {"uri": "c"}} if space and not space.is_of_job else {}),
         }
     )  # fmt: skip
-    prompts = pa.array([[5], None, [6, 7]], pa.list_(pa.int32()))
-    ids = pa.array(["a", "b", "c"])
-    rendered = rows.rendered(pa.table({}), ids, prompts, {1: RowError("null_prompt", "null")})
-    block = pack(4, rows.with_facts(rendered, rows.ChunkFacts(0, 3)))
+    given = pa.array(prompts, pa.list_(pa.int32()))
+    ids = pa.array(["a", "b", "c", "d"][: len(prompts)])
+    errors = {i: RowError("null_prompt", "null") for i, ids in enumerate(prompts) if ids is None}
+    rendered = rows.rendered(pa.table({}), ids, given, errors)
+    block = pack(4, rows.with_facts(rendered, rows.ChunkFacts(0, len(prompts))))
     found = asyncio.run(Replica(ReplicaJob(spec, device, 99, ".", space))(block))
     chunk, table = unpack(found)
     assert chunk == 4
@@ -132,6 +137,29 @@ def test_answers_that_are_kept_are_not_asked_for_again(
     assert len(answered(monkeypatch, 1, space=other)[1]) == 2
     assert rows.counts_of(first) == Counts(ok=2, error=1, prompt_tokens=3, completion_tokens=2)
     assert rows.counts_of(second) == Counts(ok=2, error=1, cached=2)
+
+
+def test_a_job_s_own_answers_are_kept_where_requests_repeat(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    space = Space(LocalStore(str(tmp_path)), {"model": "m"}, OF_JOB)
+
+    def asked(*prompts: list[int]) -> list[tuple[int, ...]]:
+        """Return what a new replica, as after a crash, asks its engine for."""
+        table, seen = answered(monkeypatch, 1, space=space, prompts=prompts)
+        assert table["status"].to_pylist() == ["ok"] * len(prompts)
+        assert "cached" not in table.column_names
+        return [request.prompt_ids for request in seen]
+
+    assert asked([1], [2], [3]) == [(1,), (2,), (3,)]
+    assert not [*tmp_path.rglob("*.parquet")], "nothing is worth it"
+    assert asked([1], [2], [1], [1]) == [(1,), (2,)]
+    assert len([*(tmp_path / OF_JOB).rglob("*.parquet")]) == 1
+    assert asked([4], [1], [2]) == [(4,)]
+    assert asked([4]) == [], "it was kept, since the others were of use"
+    packs.tidy(space)
+    assert not [*tmp_path.rglob("*.parquet")]
+    assert asked([1]) == [(1,)]
 
 
 def test_the_prompt_of_a_row_that_no_model_reads_is_not_counted() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from quantbatch.answers import cache as caching
 from quantbatch.answers import packs, tables
-from quantbatch.answers.cache import PACK, TIME, AnswerCache, Space
+from quantbatch.answers.cache import OF_JOB, PACK, TIME, AnswerCache, Space
 from quantbatch.answers.index import Index
 from quantbatch.answers.keys import Keys
 from quantbatch.records import (
@@ -29,7 +29,7 @@ from quantbatch.records import (
     Scored,
     TokenLogprobs,
 )
-from quantbatch.spec import Sampling
+from quantbatch.spec import JobSpec, Sampling
 from quantbatch.storage import LocalStore
 from quantbatch.wants import Embed, Grammar, Rank, Score, Want, Write
 from tests.unit.test_ledger import FailingStore
@@ -287,3 +287,24 @@ def test_keys_are_the_same_in_every_version() -> None:
     found = Keys().of(request(max_new_tokens=9))
     assert found is not None
     assert found.hex() == "b328b4265c97530e4898ad7d02a5783b"
+
+
+def test_a_job_without_a_cache_has_a_space_beside_its_records(tmp_path: Path) -> None:
+    def space_of(**changes: object) -> Space | None:
+        fields = {
+            "name": "n", "input": {"uri": "i"}, "model": {"id": "m"}, "output": {"uri": "o"},
+            "prompt": {"template": "x"},
+        }  # fmt: skip
+        return Space.of(JobSpec.model_validate(fields | changes), "digest", output)
+
+    output = LocalStore(str(tmp_path / "out"))
+    own = space_of()
+    assert own is not None
+    assert (own.store, own.name) == (output, OF_JOB)
+    assert own.folder.startswith("_quantbatch/answers/")
+    given = space_of(answers_cache={"uri": str(tmp_path / "cache")})
+    assert given is not None
+    assert (given.store.uri, given.name) == (str(tmp_path / "cache"), "answers_cache")
+    assert own.folder.endswith(given.folder)
+    assert space_of(engine={"deduplicate": False}) is None
+    assert space_of(engine={"kind": "echo"}) is None
