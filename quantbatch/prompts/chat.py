@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from quantbatch.errors import ModelError, RowError
+from quantbatch.prompts.chat_budget import chars_of
+from quantbatch.prompts.chat_sandbox import ChatSandbox
+from quantbatch.prompts.sandbox import MAX_PROMPT_CHARS
 from quantbatch.toolcalls import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from quantbatch import spec
+    from quantbatch.prompts.chat_sandbox import ChatProgram
     from quantbatch.prompts.tokens import Conversation
 
 CHAT_ERRORS = (
@@ -75,6 +79,7 @@ class ChatTemplate:
             template = None
         require_chat_template(prompt, template)
         self.source = template or ""
+        self._program = _compiled(self.source)
         require_tools(tools, template)
         self.family = family_of(self.source) if tools else None
         """How the model writes calls of the tools, if that is known."""
@@ -86,31 +91,66 @@ class ChatTemplate:
 
     def render(self, conversations: list[Conversation]) -> list[str | RowError]:
         """Return the text of each conversation, or what the template has against it."""
-        try:
-            return [*self._texts(conversations)]
-        except CHAT_ERRORS:
-            return [self.render_one(conversation) for conversation in conversations]
+        return [self.render_one(conversation) for conversation in conversations]
 
     def render_one(
         self, conversation: Conversation, tools: list[dict[str, Any]] | None = None
     ) -> str | RowError:
         """Return the text of a conversation, or what the template has against it."""
         try:
-            return self._texts([conversation], tools)[0]
+            return self._text(conversation, tools)
+        except RowError as error:
+            return error
         except CHAT_ERRORS as error:
             return RowError("chat_template", f"the model's chat template: {str(error)[:500]}")
 
-    def _texts(
-        self, conversations: list[Conversation], tools: list[dict[str, Any]] | None = None
-    ) -> list[str]:
+    def _text(self, conversation: Conversation, tools: list[dict[str, Any]] | None) -> str:
         # What tokenizer.apply_chat_template does, less what it repeats on each call.
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        rendered: Any = render_jinja_template(
-            conversations=conversations,
-            tools=cast("Any", tools or self._tools),
-            chat_template=self.source,
+        values = {
+            "messages": [_with_reasoning(plain_values(each)) for each in conversation],
+            "tools": plain_values(tools or self._tools),
+            "documents": None,
             **self._variables,
-        )
-        texts: list[str] = rendered[0]
-        return texts
+        }
+        chars = chars_of([values["messages"], values["tools"]], MAX_PROMPT_CHARS)
+        return self._program.render(values, chars)
+
+
+def _compiled(source: str) -> ChatProgram:
+    """Compile a chat template.
+
+    Raises:
+        ModelError: It can't be.
+    """
+    hint = "mend the model's chat_template.jinja, or set prompt.format: text"
+    try:
+        return ChatSandbox().compiled(source)
+    except RowError as error:
+        raise ModelError(error.message, hint) from error
+    except TemplateError as error:
+        line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        raise ModelError(f"the model's chat template{line}: {str(error)[:500]}", hint) from error
+    except (RecursionError, MemoryError, SyntaxError) as error:
+        raise ModelError("the model's chat template is nested too deeply", hint) from error
+
+
+def plain_values(value: Any) -> Any:  # noqa: ANN401 - whatever a row holds
+    """Return a value in JSON types, so that a template can't reach anything else."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case dict():
+            return {str(key): plain_values(item) for key, item in value.items()}
+        case list() | tuple():
+            return [plain_values(item) for item in value]
+        case _:
+            return f"<{type(value).__name__}>"
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Give a message's reasoning the names by which templates ask for it (transformers 5.23)."""
+    names = ("reasoning_content", "thinking", "reasoning")
+    found = next((message[name] for name in names if message.get(name) is not None), None)
+    if found is None:
+        return message
+    return {"thinking": found, **message, "reasoning_content": found}
