@@ -22,6 +22,7 @@ from quantbatch.storage import PRIVATE, redact, scratch_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from quantbatch.plan import Shard
     from quantbatch.storage import Store
@@ -81,8 +82,7 @@ class Commit(NamedTuple):
     @classmethod
     def from_bytes(cls, data: bytes) -> Commit:
         """Read what `to_bytes` wrote."""
-        found = json.loads(data)
-        return cls(**found | {"counts": Counts(**found["counts"])})
+        return cls(**_fields_of(cls, data))
 
 
 class Published(NamedTuple):
@@ -93,6 +93,9 @@ class Published(NamedTuple):
     counts: Counts
     retry: int = 0
     """The last retry of which it has rows."""
+    digests: Mapping[str, str] = {}
+    """SHA-256 of each of its files as it was put, as hex: one of Parquet, one or two of lines.
+    None in a record that was written before there were any."""
 
     def to_bytes(self) -> bytes:
         """Return the record as JSON."""
@@ -101,8 +104,14 @@ class Published(NamedTuple):
     @classmethod
     def from_bytes(cls, data: bytes) -> Published:
         """Read what `to_bytes` wrote."""
-        found = json.loads(data)
-        return cls(**found | {"counts": Counts(**found["counts"])})
+        return cls(**_fields_of(cls, data))
+
+
+def _fields_of(kind: type[RecordT], data: bytes) -> dict[str, Any]:
+    """Return a record's fields; those that a later version added say nothing to this one."""
+    found = json.loads(data)
+    found["counts"] = Counts(**found["counts"])
+    return {name: found[name] for name in kind._fields if name in found}
 
 
 def commit_chunk(store: Store, chunk: int, answered: pa.Table, target: OutputFormat) -> Receipt:
@@ -167,18 +176,20 @@ def publish_shard(
     commits = [record_of(Commit, store.read(key)) for key in keys]
     assert sum(commit.rows for commit in commits) == shard.rows, f"rows of shard {shard.id}"
     counts = sum((commit.counts for commit in commits), Counts())
-    key = _write_lines(store, shard, commits) if target.lines else shard.key
-    if not target.lines:
-        _write_parquet(store, shard, commits, target)
+    key = lines.output_key(shard.key) if target.lines else shard.key
+    if target.lines:
+        digests = _write_lines(store, shard, commits)
+    else:
+        digests = _write_parquet(store, shard, commits, target)
     retry = max((newest.get(chunk, 0) for chunk in chunks), default=0)
-    published = Published(shard.id, key, counts, retry)
+    published = Published(shard.id, key, counts, retry, digests)
     store.put(shard_key(shard.id), published.to_bytes())
     return published
 
 
 def _write_parquet(
     store: Store, shard: Shard, commits: Sequence[Commit], target: OutputFormat
-) -> None:
+) -> dict[str, str]:
     # Checksums, so that a byte that flips on a disk is noticed when it is read.
     options = {"compression": target.compression, "write_page_checksum": True}
     with scratch_file() as path:
@@ -187,15 +198,21 @@ def _write_parquet(
                 writer.write_table(group, row_group_size=ROWS_PER_GROUP)
         written = pq.read_metadata(path).num_rows
         assert written == shard.rows, f"shard {shard.id}: {written} of {shard.rows} rows written"
-        store.put_file(shard.key, path)
+        return _put(store, {shard.key: path})
 
 
-def _write_lines(store: Store, shard: Shard, commits: Sequence[Commit]) -> str:
-    """Write a shard's output file, and before it that of its failed requests, if there are any.
+def _put(store: Store, files: Mapping[str, Path]) -> dict[str, str]:
+    """Put files one after another; return the digest of each by its key."""
+    digests = {}
+    for key, path in files.items():
+        with path.open("rb") as file:
+            digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        store.put_file(key, path)
+    return digests
 
-    Returns:
-        The key of the output file.
-    """
+
+def _write_lines(store: Store, shard: Shard, commits: Sequence[Commit]) -> dict[str, str]:
+    """Write a shard's output file, and before it that of its failed requests, if there are any."""
     key = lines.output_key(shard.key)
     created: int = json.loads(store.read(JOB))["created"]
     with scratch_file() as output, scratch_file() as errors:
@@ -206,11 +223,9 @@ def _write_lines(store: Store, shard: Shard, commits: Sequence[Commit]) -> str:
         written = writer.answered + writer.failed
         assert written == shard.rows, f"shard {shard.id}: {written} of {shard.rows} rows written"
         if writer.failed:
-            store.put_file(lines.errors_key(key), errors)
-        else:
-            store.delete(lines.errors_key(key))
-        store.put_file(key, output)
-    return key
+            return _put(store, {lines.errors_key(key): errors, key: output})
+        store.delete(lines.errors_key(key))
+        return _put(store, {key: output})
 
 
 def rows_key(store: Store, chunk: int, retry: int = 0) -> str:

@@ -179,7 +179,7 @@ class Ledger:
         if sum(1 for _ in self.store.list(f"{PRIVATE}/plan")) > self.generations:
             return
         files = [
-            {"file": shard.key, "rows": shard.counts.rows}
+            {"file": shard.key, "rows": shard.counts.rows, "sha256": shard.digests.get(shard.key)}
             for shard in sorted(self.published.values())
         ]
         document = {

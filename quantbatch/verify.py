@@ -1,14 +1,17 @@
 """Is every row of the input answered exactly once? A proof from the two ends of a job.
 
-`verify` trusts nothing that a run kept for itself: neither the plan nor the commit records. It
-lists the files that readers see, reads them and the input side by side, and compares row ids and
-kept columns as they come. Memory is bounded by a window of rows and by the number of rows out of
-place, not by the size of the job.
+For this `verify` trusts nothing that a run kept for itself: neither the plan nor the commit
+records. It lists the files that readers see, reads them and the input side by side, and compares
+row ids and kept columns as they come. Memory is bounded by a window of rows and by the number of
+rows out of place, not by the size of the job.
 
 What is proven: each row of the input has exactly one row in the output, the rows of an input file
 are in its order, and the columns that are kept hold the input's values; status and answer of a row
-go together; and the counts in `_SUCCESS` are those of the rows. That an answer is what the model
-said can't be seen from the two ends.
+go together; and the counts in `_SUCCESS` are those of the rows.
+
+That an answer is the one that was computed can't be seen from the two ends. For it each file is
+held against the records in between, see `verify_records`: it has the bytes, or at least the rows,
+of the attempts that were committed, and none of its rows was answered again since.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ from quantbatch.reread import InputRows, Unreadable
 from quantbatch.reread_lines import part_schema
 from quantbatch.spec import Embed
 from quantbatch.storage import PRIVATE, open_store, redact
-from quantbatch.verify_rows import Claims, Part, Problem, Problems, SideBySide, our_fields
+from quantbatch.verify_problems import Problem, Problems
+from quantbatch.verify_records import Committed
+from quantbatch.verify_rows import Claims, Part, SideBySide, our_fields
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,6 +54,8 @@ class Verdict:
     files_out: int
     rows_left: int
     """Rows of the input that an unfinished job has not published yet."""
+    files_as_committed: int
+    """Files of the output that were found to be what was committed."""
     counts: Counts
     """As counted from the output's rows."""
     problems: tuple[Problem, ...]
@@ -77,6 +84,7 @@ class Verdict:
             "rows_out": self.rows_out,
             "files_out": self.files_out,
             "rows_left": self.rows_left,
+            "files_as_committed": self.files_as_committed,
             "counts": self.counts.to_json(),
             "problems": [
                 {"kind": p.kind, "count": p.count, "examples": list(p.examples)}
@@ -102,8 +110,9 @@ def verify(spec: JobSpec) -> Verdict:
     rows = InputRows(spec.input, pa.schema([f for f in schema if f.name not in ours]))
     files_in = len(rows.left)
     both = SideBySide(spec, store, rows, claims, problems)
-    for part in parts:
-        both.read(part, schema)
+    committed = Committed(store, problems, spec.output.prefix)
+    # A file that does not go with the input is wrong already: how, is told.
+    proven = sum(both.read(part, schema) and committed.check(part) for part in parts)
     both.end(parts)
     counts = both.counts
     if claims.counts and spec.output.format == "openai-batch":
@@ -121,6 +130,7 @@ def verify(spec: JobSpec) -> Verdict:
         rows_out=both.counts.rows,
         files_out=len(parts),
         rows_left=both.rows_left,
+        files_as_committed=proven,
         counts=both.counts,
         problems=problems.found(),
     )

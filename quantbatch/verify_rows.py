@@ -22,14 +22,15 @@ from quantbatch.reread import ROW_ID, Buffer, InputRows, Unreadable
 from quantbatch.reread_lines import is_lines, part_batches, part_schema
 from quantbatch.rows import UNREADABLE_FILE
 from quantbatch.verify_answers import odd_rows, of_answers
+from quantbatch.verify_problems import EXAMPLES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from quantbatch.spec import JobSpec
     from quantbatch.storage import Store
+    from quantbatch.verify_problems import Problems
 
-EXAMPLES = 5
 MAX_ODD_IDS = 1_000_000
 """Ids out of place that are remembered, 50 bytes each; beyond this they are counted only."""
 NEAR = 64
@@ -47,37 +48,6 @@ _OF_ROWS = {
     "prompt_tokens": pa.int32(),
     "attempt": pa.string(),
 }
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One kind of thing that is wrong."""
-
-    kind: str
-    count: int
-    examples: tuple[str, ...]
-
-
-class Problems:
-    """What is wrong, by kind, with the first few examples."""
-
-    def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-        self._examples: dict[str, list[str]] = {}
-
-    def note(self, kind: str, example: str, count: int = 1) -> None:
-        """Note what was found."""
-        self._counts[kind] = self._counts.get(kind, 0) + count
-        examples = self._examples.setdefault(kind, [])
-        if len(examples) < EXAMPLES:
-            examples.append(example)
-
-    def found(self) -> tuple[Problem, ...]:
-        """Return all of it, in the order in which the kinds came up."""
-        return tuple(
-            Problem(kind, count, tuple(self._examples[kind]))
-            for kind, count in self._counts.items()
-        )
 
 
 @dataclass(frozen=True)
@@ -167,8 +137,11 @@ class SideBySide:
         self.rows_in = 0
         self.rows_left = 0
 
-    def read(self, part: Part, schema: pa.Schema) -> None:
-        """Compare a file with the rows of the input that come next."""
+    def read(self, part: Part, schema: pa.Schema) -> bool:
+        """Compare a file with the rows of the input that come next; tell whether it goes with
+        them.
+        """
+        noted = self._noted
         self._in_gap = not self._claims.finished and part.number > self._previous + 1
         self._previous = part.number
         before = self.counts.rows
@@ -179,13 +152,18 @@ class SideBySide:
                 found.take(self._compare(rows, part))
         except Unreadable as error:
             self._problems.note("files that are damaged", f"{part.key}: {error}")
-            return
+            return False
         rows_there = self.counts.rows - before
         said = self._claims.rows.get(part.key)
         if said is not None and said != rows_there:
             self._problems.note(
                 "files of the wrong length", f"{part.key}: {rows_there:,} rows, {said:,} were said"
             )
+        return self._noted == noted
+
+    @property
+    def _noted(self) -> int:
+        return self._problems.total + self._missing.count + self._surplus.count
 
     def end(self, parts: list[Part]) -> None:
         """Go through what is left of the input, and tell what the ids out of place are."""

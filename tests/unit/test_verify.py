@@ -71,6 +71,11 @@ def answer(spec: JobSpec, *, shards: set[int] | None = None) -> Ledger:
     assert plan
     kept = rows.kept_columns(spec.output, plan.schema, listed.partition_keys)
     target = ledger.output_format(rows.output_schema(spec, kept, plan.schema))
+    for shard in ledger.unpublished():
+        chunks = plan.chunks_of(shard)
+        newest = ledger.retries.newest(chunks)
+        published = publish_shard(ledger.store, shard, chunks, target, newest)
+        ledger.record_published(published)
     for chunk in list(ledger.undone()):
         if shards is None or chunk.shard in shards:
             table = answers(spec, listed, chunk, kept, plan.schema)

@@ -275,6 +275,14 @@ def uncounted(folder: Path) -> None:
     )
 
 
+def another_answer(folder: Path) -> None:
+    path = folder / "part-000000.jsonl"
+    text = path.read_text()
+    answer = '"role": "assistant", "content": "'
+    assert answer in text
+    path.write_text(text.replace(answer, answer + "not ", 1))
+
+
 def strange(folder: Path) -> None:
     (folder / "part-000000.more.jsonl").write_text("{}\n")
 
@@ -289,6 +297,7 @@ def strange(folder: Path) -> None:
         (no_answer, "files that are damaged"),
         (renamed, "rows that the input does not have"),
         (uncounted, "counts that are wrong"),
+        (another_answer, "files that are not as they were published"),
         (strange, "files that are not the job's"),
     ],
 )
