@@ -280,11 +280,28 @@ class Generate(Section):
     arguments as JSON text. It is null where the model's way of writing them is not known (known
     are those of Qwen and Hermes, Llama 3.1, and Mistral), and for calls that are none, which are
     `invalid`."""
+    tools_column: str | None = None
+    """A column with each row's own tools, instead of `tools`: a JSON text of a list of them. Null
+    is none; what is no list of functions makes a row an error row."""
+    tool_choice: Annotated[str, Field(min_length=1)] = "auto"
+    """`auto` leaves it to the model whether it calls a tool; with `required` the answer consists of
+    one call or more and nothing else, with the name of a function of one call of it, and the
+    arguments follow its `parameters`. Only for models that write calls as Qwen and Hermes or Llama
+    3.1 do."""
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether rows have tools."""
+        return bool(self.tools) or self.tools_column is not None
 
     @model_validator(mode="after")
-    def _calls_are_free(self) -> Self:
-        if self.tools and self.response is not None:
+    def _tools_come_from_one_place(self) -> Self:
+        if self.calls_tools and self.response is not None:
             raise ValueError("give either response or tools: an answer of a form calls no tool")
+        if self.tools and self.tools_column is not None:
+            raise ValueError("give either tools or tools_column")
+        if self.tool_choice != "auto" and not self.calls_tools:
+            raise ValueError("tool_choice needs tools or tools_column")
         json.dumps(self.tools, allow_nan=False)
         return self
 
@@ -610,7 +627,8 @@ class LlamaCppEngine(ModelEngine):
 
 class EchoEngine(Section):
     """No model at all: answers each prompt with the beginning of its own tokens. For trying out
-    everything around a model, and for measuring it.
+    everything around a model, and for measuring it. It keeps to no form: with `task.response` or
+    `task.tool_choice` its answers are `invalid`.
     """
 
     kind: Literal["echo"] = "echo"

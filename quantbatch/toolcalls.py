@@ -1,4 +1,5 @@
-"""Calls of tools in an answer's text, for the families whose way of writing them is known. Pure.
+"""Calls of tools in an answer's text, for the families whose way of writing them is known, and how
+to have nothing but calls written. Pure.
 
     hermes    <tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number of them (Qwen)
     mistral   [TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]
@@ -6,15 +7,22 @@
 
 Which one a model writes is told by its chat template. `[TOOL_CALLS]` is a special token, which the
 text of an answer does not show: a list of calls alone is taken for one, too.
+
+Where calls are forced (`forced`), each is written as these models were taught to write it, with the
+arguments by the schema of its function. `[TOOL_CALLS]` can't be forced: a grammar is about text.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from quantbatch.structured import parse_json
+from quantbatch.structured import WHITE_SPACE, parse_json
+from quantbatch.wants import Grammar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Family = Literal["hermes", "mistral", "llama"]
 _HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
@@ -26,6 +34,15 @@ class ToolCall(NamedTuple):
     name: str
     arguments: str
     """As JSON text."""
+
+
+class Choice(NamedTuple):
+    """Which calls an answer has to consist of."""
+
+    name: str | None = None
+    """That of a function; None is any."""
+    once: bool = False
+    """Whether there may be no more than one."""
 
 
 def family_of(chat_template: str) -> Family | None:
@@ -71,3 +88,63 @@ def _call(found: Any, arguments: str) -> ToolCall:  # noqa: ANN401 - any JSON
     if not isinstance(values, dict):
         raise ValueError(f"{arguments} of the call of {found['name']!r} are no object")
     return ToolCall(found["name"], json.dumps(values, ensure_ascii=False))
+
+
+def beside(family: Family, text: str) -> str:
+    """Return what an answer says beside its calls."""
+    match family:
+        case "hermes":
+            return _HERMES.sub("", text).strip()
+        case "mistral":
+            return text.rpartition("[TOOL_CALLS]")[0].strip()
+        case "llama":
+            return ""
+
+
+def forced(family: Family | None, tools: Sequence[dict[str, Any]], choice: Choice) -> Grammar:
+    """Return the form of an answer that consists of calls; whether it compiles is not looked at.
+
+    Args:
+        family: How the model writes calls.
+        tools: {type: function, function: {name, description, parameters}} each.
+        choice: Which of them.
+
+    Raises:
+        ValueError: It can't be forced.
+    """
+    if family is None or family == "mistral":
+        raise ValueError("how this model writes calls of tools is not known, or can't be forced")
+    functions = [_function(tool) for tool in tools]
+    chosen = [each for each in functions if choice.name in (None, each["name"])]
+    if not chosen:
+        names = ", ".join(each["name"] for each in functions)
+        raise ValueError(f"no tool is called {choice.name!r}, they are {names or 'none'}")
+    lines = [f"any: {' | '.join(f'call{number}' for number in range(len(chosen)))}"]
+    for number, each in enumerate(chosen):
+        lines += _rules(family, number, each)
+    if family == "hermes":
+        more = "" if choice.once or choice.name else r' ("\n" call)*'
+        lines += [f"start: call{more}", r'call: "<tool_call>\n" any "\n</tool_call>"']
+    else:
+        lines.append("start: any")
+    return Grammar("grammar", "\n".join(lines))
+
+
+def _rules(family: Family, number: int, function: dict[str, Any]) -> list[str]:
+    """Return the rules of one function's call."""
+    key = "parameters" if family == "llama" else "arguments"
+    begin = f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "{key}": '
+    schema = {"type": "object", **(function["parameters"] or {})}
+    spaced = {**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}}
+    return [
+        f'call{number}: {json.dumps(begin, ensure_ascii=False)} arguments{number} "}}"',
+        f"arguments{number}: %json {json.dumps(spaced, ensure_ascii=False)}",
+    ]
+
+
+def _function(tool: dict[str, Any]) -> dict[str, Any]:
+    match tool:
+        case {"type": "function", "function": {"name": str(name), **others}} if name:
+            if isinstance(others.get("parameters", {}), dict | None):
+                return {"name": name, "parameters": others.get("parameters")}
+    raise ValueError("a tool that is to be called is no {type: function, function: {name: ...}}")

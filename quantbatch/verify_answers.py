@@ -76,7 +76,7 @@ def _of_completions(spec: JobSpec) -> dict[str, pa.DataType]:
         types |= {"token_ids": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32())}
     if asked:
         types |= {"top_logprobs": pa.list_(_TOP)}
-    if isinstance(spec.task, Generate) and spec.task.tools:
+    if isinstance(spec.task, Generate) and (spec.task.tools or spec.task.tools_column):
         call = pa.struct([("name", pa.string()), ("arguments", pa.string())])
         types["tool_calls"] = pa.list_(call)
     types |= {name: _of_property(found, _schema(spec)) for name, found in _properties(spec).items()}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quantbatch.batchfile import forms
-from quantbatch.batchfile.messages import conversation_of, tools_of
+from quantbatch.batchfile.messages import conversation_of, forced_by, tools_of
 from quantbatch.batchfile.refusals import BAD_REQUEST, bad, unsupported
 from quantbatch.errors import RowError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from quantbatch.prompts.tokens import Conversation
+    from quantbatch.toolcalls import Choice
     from quantbatch.wants import Grammar
 
 MAX_BODY_BYTES = 1_000_000
@@ -53,6 +54,8 @@ class Wanted:
     """Of a chat."""
     tools: list[dict[str, Any]] | None = None
     """As the chat template is to see them."""
+    choice: Choice | None = None
+    """Which calls of them the answer has to consist of."""
     prompts: tuple[PromptText, ...] = ()
     """Of the other kinds."""
     about: dict[str, Any] = field(default_factory=dict)
@@ -235,7 +238,10 @@ def _checked(form: type[BodyT], given: dict[str, Any]) -> BodyT:
 
 def _chat(body: _Chat, *, parallel: object) -> Wanted:
     tools = tools_of(body.tools, body.tool_choice)
-    if tools and parallel is not True:
+    choice = forced_by(body.tool_choice, tools)
+    if choice is not None and parallel is False:
+        choice = choice._replace(once=True)
+    elif tools and parallel is not True:
         raise unsupported("parallel_tool_calls", parallel, "how many calls come is the model's")
     if body.top_logprobs is not None and not body.logprobs:
         raise bad("top_logprobs", body.top_logprobs, "needs logprobs: true")
@@ -249,7 +255,8 @@ def _chat(body: _Chat, *, parallel: object) -> Wanted:
         why = "not together with tools: a call of a tool would not have that form"
         raise unsupported("response_format", body.response_format, why)
     about = {"kind": "chat"} | ({"tools": _strict_schemas(tools)} if tools else {})
-    return Wanted("chat", sampling, grammar, conversation_of(body.messages), tools, about=about)
+    conversation = conversation_of(body.messages)
+    return Wanted("chat", sampling, grammar, conversation, tools, choice, about=about)
 
 
 def _strict_schemas(tools: list[dict[str, Any]]) -> dict[str, Any]:

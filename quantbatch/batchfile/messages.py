@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantbatch.batchfile import forms
 from quantbatch.batchfile.refusals import bad, unsupported
+from quantbatch.toolcalls import Choice
 
 if TYPE_CHECKING:
     from quantbatch.prompts.tokens import Conversation
@@ -101,16 +102,28 @@ def tools_of(tools: Any, choice: Any) -> list[dict[str, Any]] | None:  # noqa: A
         raise bad("tools", tools, "should be a list of tools")
     for index, tool in enumerate(tools or ()):
         _check_tool(f"tools.{index}", tool)
+    if choice not in (None, "auto", "none") and not tools:
+        raise bad("tool_choice", choice, "needs tools")
+    return None if choice == "none" else tools or None
+
+
+def forced_by(choice: Any, tools: list[dict[str, Any]] | None) -> Choice | None:  # noqa: ANN401 - any JSON value
+    """Return which calls a choice forces; None if that is left to the model.
+
+    Raises:
+        RowError: The choice can't be honoured.
+    """
     match choice:
-        case None | "auto":
-            return tools or None
-        case "none":
+        case None | "auto" | "none":
             return None
-        case _ if not tools:
-            raise bad("tool_choice", choice, "needs tools")
+        case "required":
+            return Choice()
+        case {"type": "function", "function": {"name": str(name)}}:
+            if name not in [tool["function"]["name"] for tool in tools or ()]:
+                raise bad("tool_choice", choice, "names none of the tools")
+            return Choice(name)
         case _:
-            why = "a model can't be made to call a tool here; auto and none can be had"
-            raise unsupported("tool_choice", choice, why)
+            raise unsupported("tool_choice", choice, "should be auto, none, required or a function")
 
 
 def _check_tool(where: str, tool: Any) -> None:  # noqa: ANN401 - any JSON value

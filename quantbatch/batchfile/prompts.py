@@ -14,8 +14,10 @@ import pyarrow as pa
 from pydantic import ValidationError
 from typing_extensions import override
 
+from quantbatch import toolcalls
+from quantbatch.batchfile import forms
 from quantbatch.batchfile.bodies import read_request
-from quantbatch.batchfile.refusals import BAD_REQUEST, UNSUPPORTED, bad
+from quantbatch.batchfile.refusals import BAD_REQUEST, UNSUPPORTED, bad, unsupported
 from quantbatch.errors import RowError
 from quantbatch.prompts.chat import ChatTemplate
 from quantbatch.prompts.rendering import Prompts
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from quantbatch.batchfile.bodies import Wanted
     from quantbatch.prompts.tokens import Conversation
+    from quantbatch.wants import Grammar
 
 COLUMNS = ("custom_id", "method", "url", "body")
 TOO_LONG = "prompt_too_long"
@@ -116,8 +119,9 @@ class RequestRenderer:
             raise RowError(UNSUPPORTED, "url: the model has no chat template")
         conversation = [self._known_role(message) for message in conversation]
         marked = self._control.within([conversation, tools])
+        tools = tools and self._control.safe_tools(tools)
         if marked:
-            conversation, tools = self._control.mark(conversation), tools and self._mark(tools)
+            conversation = self._control.mark(conversation)
         text = self._chat.render_one(conversation, tools)
         if isinstance(text, RowError):
             raise text
@@ -130,9 +134,6 @@ class RequestRenderer:
         if message["role"] == "developer" and "developer" not in self._chat.source:
             return message | {"role": "system"}
         return message
-
-    def _mark(self, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return self._control.mark(tools)
 
     def _prompts(
         self, wanted: Wanted, row: int, encoded: Mapping[_Key, list[int] | RowError]
@@ -165,16 +166,31 @@ class RequestRenderer:
             "model": self._spec.model.id,
             "prompt_tokens": sum(map(len, prompts)),
         }
+        if wanted.tools:
+            about["family"] = self._chat.family
         more = tuple(map(tuple, prompts[1:]))
         if wanted.kind == "embedding":
             return Ask(Embed(self._pooling), about=about, more_prompts=more)
         sampling = self._sampling(wanted.sampling, max(map(len, prompts)))
-        ask = Ask(Write(grammar=wanted.grammar), wanted.sampling, about, more)
+        grammar = self._forced(wanted) if wanted.choice else wanted.grammar
+        ask = Ask(Write(grammar=grammar), wanted.sampling, about, more)
         if sampling.n > 1 and sampling.temperature == 0:
             # All of them would be the same: one is made, and given n times.
             single = {**wanted.sampling, "n": 1}
             return replace(ask, sampling=single, about=about | {"copies": sampling.n})
         return ask
+
+    def _forced(self, wanted: Wanted) -> Grammar:
+        """Return the form of an answer that has to consist of calls of tools."""
+        assert wanted.choice is not None
+        said = wanted.choice.name or "required"
+        try:
+            grammar = toolcalls.forced(self._chat.family, wanted.tools or [], wanted.choice)
+        except ValueError as error:
+            raise unsupported("tool_choice", said, f"{error}; auto and none can be had") from None
+        if wrong := forms.problem(grammar):
+            raise bad("tools", None, wrong)
+        return grammar
 
     def _sampling(self, own: dict[str, Any], prompt_tokens: int) -> Sampling:
         """Return the sampling that a row will have, once it is known to be sound."""

@@ -10,13 +10,12 @@ import base64
 import itertools
 import json
 import math
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantbatch import structured
+from quantbatch import structured, toolcalls
 from quantbatch.batchfile import forms
 from quantbatch.records import Completion, Embedded, FinishReason
 from quantbatch.structured import Fault
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
     from quantbatch.batchfile.tokens import TokenTexts
     from quantbatch.wants import Ask
 
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-"""How the families of Hermes and Qwen write the call of a tool."""
-
 
 @dataclass(frozen=True)
 class Calls:
@@ -38,7 +34,7 @@ class Calls:
 
     content: str | None
     """What stands around them."""
-    calls: tuple[tuple[str, str], ...]
+    calls: tuple[toolcalls.ToolCall, ...]
     """Names of functions, and arguments as JSON text."""
     fault: str = ""
     """Why they are not as they were asked for."""
@@ -78,37 +74,39 @@ def fault(ask: Ask, answers: Sequence[Completion | Embedded]) -> Fault | None:
         found = None
         if isinstance(ask.want, Write) and ask.want.grammar:
             found = structured.fault(ask.want.grammar, answer.text)
-        elif "tools" in ask.about and (why := calls_of(answer.text, ask.about["tools"]).fault):
+        elif "tools" in ask.about and (why := calls_of(ask.about, answer.text).fault):
             found = Fault("tool_call", why)
         if found:
             return found
     return None
 
 
-def calls_of(text: str, strict: dict[str, Any]) -> Calls:
-    """Read the calls of tools out of an answer.
+def calls_of(about: dict[str, Any], text: str) -> Calls:
+    """Read the calls of tools out of an answer, if it is known how its model writes them.
 
     Args:
+        about: Of the row: `family`, and `tools`, schemas of the functions whose arguments must have
+            them, by name.
         text: The answer.
-        strict: Schemas of the functions whose arguments must have them, by name.
     """
-    calls, fault = [], ""
-    for found in _CALL.findall(text):
-        try:
-            call = forms.read_json(found)
-            name, arguments = call["name"], call.get("arguments", {})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            return Calls(text, (), f"a call of a tool is no JSON object with a name: {error}")
-        if not isinstance(name, str):
-            return Calls(text, (), "the name of a called tool is no text")
-        if strict.get(name) is not None:
-            wrong = forms.arguments_fault(strict[name], arguments)
-            fault = fault or (wrong and f"arguments of {name}: {wrong}")
-        calls.append((name, json.dumps(arguments, ensure_ascii=False)))
+    family = about["family"]
+    if family is None:
+        return Calls(text, ())
+    try:
+        calls = toolcalls.parse(family, text)
+    except ValueError as error:
+        return Calls(text, (), str(error))
     if not calls:
-        return Calls(text, (), "a call of a tool has no end" if "<tool_call>" in text else "")
-    around = _CALL.sub("", text).strip()
-    return Calls(around or None, tuple(calls), fault)
+        return Calls(text, ())
+    faults = (_fault_of(call, about["tools"].get(call.name)) for call in calls)
+    content = toolcalls.beside(family, text) or None
+    return Calls(content, tuple(calls), next(filter(None, faults), ""))
+
+
+def _fault_of(call: toolcalls.ToolCall, schema: dict[str, Any] | None) -> str:
+    """Say why the arguments of a call are not as its function wants them; else nothing."""
+    wrong = schema is not None and forms.arguments_fault(schema, json.loads(call.arguments))
+    return f"arguments of {call.name}: {wrong}" if wrong else ""
 
 
 def _usage(ask: Ask, answers: Sequence[Completion]) -> dict[str, int]:
@@ -145,7 +143,7 @@ def _chat_choice(ask: Ask, index: int, answer: Completion, texts: TokenTexts) ->
     message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
     reason: str = answer.finish_reason.value
     if "tools" in ask.about:
-        found = calls_of(answer.text, ask.about["tools"])
+        found = calls_of(ask.about, answer.text)
         message["content"] = found.content
         if found.calls:
             message["tool_calls"] = [

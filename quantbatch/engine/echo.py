@@ -19,7 +19,8 @@ DEFAULT_BATCH_SIZE = 1024
 
 class EchoEngine:
     """Answers each prompt with the beginning of its own tokens; every token is as likely as any
-    other, and a vector is the number of the prompt's tokens, again and again.
+    other, and a vector is the number of the prompt's tokens, again and again. It keeps to no
+    grammar: such answers are as invalid as their prompts.
 
     Args:
         decode: Turns a batch of token id sequences into texts.

@@ -44,7 +44,7 @@ def require_chat_template(prompt: spec.Prompt, chat_template: str | None) -> Non
         )
 
 
-def require_tools(tools: list[dict[str, Any]] | None, chat_template: str | None) -> None:
+def require_tools(tools: list[dict[str, Any]] | str | None, chat_template: str | None) -> None:
     """Refuse tools that a model's chat template would not tell it of.
 
     Raises:
@@ -81,7 +81,7 @@ class ChatTemplate:
         self.source = template or ""
         self._program = _compiled(self.source)
         require_tools(tools, template)
-        self.family = family_of(self.source) if tools else None
+        self.family = family_of(self.source)
         """How the model writes calls of the tools, if that is known."""
         self._variables: dict[str, Any] = {
             "add_generation_prompt": True,
@@ -89,9 +89,11 @@ class ChatTemplate:
             **prompt.chat_template_kwargs,
         }
 
-    def render(self, conversations: list[Conversation]) -> list[str | RowError]:
+    def render(
+        self, conversations: list[Conversation], tools: list[dict[str, Any]] | None = None
+    ) -> list[str | RowError]:
         """Return the text of each conversation, or what the template has against it."""
-        return [self.render_one(conversation) for conversation in conversations]
+        return [self.render_one(conversation, tools) for conversation in conversations]
 
     def render_one(
         self, conversation: Conversation, tools: list[dict[str, Any]] | None = None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from quantbatch.batchfile.prompts import RequestRenderer
 from quantbatch.prompts.asking import Asker
 from quantbatch.prompts.rendering import Renderer
+from quantbatch.prompts.tools import ToolRenderer
 from quantbatch.spec import Classify, Embed, Generate, Score
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from quantbatch.prompts.tokens import TooLong
     from quantbatch.spec import JobSpec
 
-AnyRenderer = Renderer | Asker | RequestRenderer
+AnyRenderer = Renderer | Asker | RequestRenderer | ToolRenderer
 
 
 def renderer_of(
@@ -43,10 +44,12 @@ def renderer_of(
             max_prompt_tokens=max_prompt_tokens,
             too_long=too_long,
         )
-    return Renderer(
-        spec.prompt,
-        tokenizer,
-        max_prompt_tokens=max_prompt_tokens,
-        too_long=too_long,
-        tools=spec.task.tools if isinstance(spec.task, Generate) else None,
-    )
+    if isinstance(spec.task, Generate) and spec.task.calls_tools:
+        return ToolRenderer(
+            spec.prompt,
+            spec.task,
+            tokenizer,
+            max_prompt_tokens=max_prompt_tokens,
+            too_long=too_long,
+        )
+    return Renderer(spec.prompt, tokenizer, max_prompt_tokens=max_prompt_tokens, too_long=too_long)

@@ -27,7 +27,6 @@ from quantbatch.prompts.chat import ChatTemplate, require_chat_template
 from quantbatch.prompts.templates import RowTemplate, check_columns, missing_column
 from quantbatch.prompts.tokens import ControlTokens, Encoder, MarkedText
 from quantbatch.records import from_token_lists
-from quantbatch.wants import Ask
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -110,6 +109,8 @@ class PromptText(NamedTuple):
     text: MarkedText
     conversation: Conversation | None = None
     """What the text was rendered from, in the format `chat`."""
+    tools: list[dict[str, Any]] | None = None
+    """The row's own tools."""
 
 
 class Renderer:
@@ -171,18 +172,27 @@ class Renderer:
         errors: dict[int, RowError] = {}
         token_ids = self.encode(self.texts(rows, errors), errors)
         lists = [token_ids.get(row) for row in range(rows.num_rows)]
-        return Prompts(from_token_lists(lists), dict(sorted(errors.items())), self._asks(rows))
+        return Prompts(from_token_lists(lists), dict(sorted(errors.items())))
 
-    def _asks(self, rows: pa.Table) -> pa.Array | None:
-        """Return what rows ask for: to have calls of tools read as this model writes them."""
-        family = self._chat.family if self._chat else None
-        if family is None:
-            return None
-        return pa.repeat(Ask(about={"tool_calls": family}).to_json(), rows.num_rows)
+    @property
+    def chat_source(self) -> str:
+        """The model's chat template; empty in the format `text`."""
+        return self._chat.source if self._chat else ""
 
-    def texts(self, rows: pa.Table, errors: dict[int, RowError]) -> dict[int, PromptText]:
-        """Return the text of each row; one without gets an error instead."""
-        return self._apply_chat_template(self._compose(rows, errors), errors)
+    def texts(
+        self,
+        rows: pa.Table,
+        errors: dict[int, RowError],
+        tools: list[dict[str, Any]] | None = None,
+    ) -> dict[int, PromptText]:
+        """Return the text of each row; one without gets an error instead.
+
+        Args:
+            rows: The rows.
+            errors: Takes what is wrong.
+            tools: Their own ones, control tokens marked.
+        """
+        return self._apply_chat_template(self._compose(rows, errors), errors, tools)
 
     def text_of(self, row: dict[str, Any]) -> PromptText:
         """Return the text of one row, which may say nothing at all.
@@ -297,7 +307,10 @@ class Renderer:
                 raise RowError("bad_messages", f"column {name!r} holds {found}, not {wanted}")
 
     def _apply_chat_template(
-        self, composed: dict[int, Conversation | MarkedText], errors: dict[int, RowError]
+        self,
+        composed: dict[int, Conversation | MarkedText],
+        errors: dict[int, RowError],
+        tools: list[dict[str, Any]] | None = None,
     ) -> dict[int, PromptText]:
         if self._chat is None:
             return {
@@ -308,12 +321,14 @@ class Renderer:
         chats = {row: said for row, said in composed.items() if isinstance(said, list)}
         marked = {row: self.control.mark(c) for row, c in chats.items() if self.control.within(c)}
         chats |= marked
+        own_marked = self.control.marked_in(tools)
         prompts: dict[int, PromptText] = {}
-        for row, text in zip(chats, self._chat.render(list(chats.values())), strict=True):
+        for row, text in zip(chats, self._chat.render(list(chats.values()), tools), strict=True):
             if isinstance(text, RowError):
                 errors[row] = text
             else:
-                prompts[row] = PromptText(MarkedText(text, row in marked), chats[row])
+                whole = MarkedText(text, own_marked or row in marked)
+                prompts[row] = PromptText(whole, chats[row], tools)
         return prompts
 
     def _parts(self, prompt: PromptText) -> tuple[str, str, str]:
@@ -326,7 +341,8 @@ class Renderer:
             [
                 message | {"content": SENTINEL} if message in cuttable else message
                 for message in prompt.conversation
-            ]
+            ],
+            prompt.tools,
         )
         if isinstance(frame, RowError):
             raise frame

@@ -236,6 +236,37 @@ class ControlTokens:
         marked: TextOrChat = self._mark(value, self._pattern)
         return marked
 
+    def safe_tools(self, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return tools that come from data, the tokens in their texts marked.
+
+        Raises:
+            RowError: The name of a property holds one, and names can't be marked.
+        """
+        if self._is_in_names(tools):
+            raise RowError("control_token", "tools: a name in them holds a control token")
+        return self.mark(tools) if self.within(tools) else tools
+
+    def _is_in_names(self, value: object) -> bool:
+        match value:
+            case dict():
+                return self.within([*value]) or any(map(self._is_in_names, value.values()))
+            case list():
+                return any(map(self._is_in_names, value))
+            case _:
+                return False
+
+    def marked_in(self, value: object) -> bool:
+        """Return whether any text of a value has marks."""
+        match value:
+            case str():
+                return self.marks[0] in value
+            case dict():
+                return any(map(self.marked_in, value.values()))
+            case list():
+                return any(map(self.marked_in, value))
+            case _:
+                return False
+
     def mark_data(self, text: str) -> MarkedText:
         """Mark the tokens of a text that are not wholly in its literal parts.
 

@@ -54,33 +54,44 @@ def check(spec: JobSpec, task: Generate, columns: Collection[str]) -> None:
         SpecError: With the field and the reason.
     """
     response = task.response
-    if task.tools and spec.prompt.format == "text":
+    if task.calls_tools and spec.prompt.format == "text":
         raise _wrong(
             "task.tools: the model's chat template tells of them, and prompt.format is text",
             "set prompt.format: chat",
         )
+    _check_column("task.tools_column", task.tools_column, columns)
+    if task.tool_choice != "auto":
+        _check_engine(spec, "task.tool_choice")
     if response is None:
         if spec.output.explode:
             raise _wrong("output.explode: there is no task.response.json_schema", "give one")
         return
-    if spec.engine.kind == "llama_cpp":
-        raise _wrong(
-            "task.response: the engine llama_cpp writes free answers only",
-            "use the engine continuous, which runs GGUF files with model.allow_dequantize",
-        )
-    if response.schema_column is not None and response.schema_column not in columns:
-        raise _wrong(
-            f"task.response.schema_column: the input has no column {response.schema_column!r}",
-            f"its columns are {', '.join(columns)}",
-        )
+    _check_engine(spec, "task.response")
+    _check_column("task.response.schema_column", response.schema_column, columns)
     _check_grammar(response)
-    if spec.sampling.min_new_tokens:
-        raise _wrong(
-            "sampling.min_new_tokens: an answer with task.response ends where its form ends",
-            "leave it out; a schema has minLength and minItems",
-        )
     if spec.output.explode:
         _check_explode(spec, response)
+
+
+def _check_column(field: str, name: str | None, columns: Collection[str]) -> None:
+    if name is not None and name not in columns:
+        raise _wrong(
+            f"{field}: the input has no column {name!r}", f"its columns are {', '.join(columns)}"
+        )
+
+
+def _check_engine(spec: JobSpec, field: str) -> None:
+    """Refuse engine and sampling that don't go with answers of a form."""
+    if spec.engine.kind == "llama_cpp":
+        raise _wrong(
+            f"{field}: the engine llama_cpp writes free answers only",
+            "use the engine continuous, which runs GGUF files with model.allow_dequantize",
+        )
+    if spec.sampling.min_new_tokens:
+        raise _wrong(
+            f"sampling.min_new_tokens: an answer with {field} ends where its form ends",
+            "leave it out; a schema has minLength and minItems",
+        )
 
 
 def _check_grammar(response: Response) -> None:
@@ -171,7 +182,7 @@ def verdict(spec: JobSpec, ask: Ask, answer: Answer) -> Verdict:
     """Look at an answer again, from its text alone; of one that was cut off there is none."""
     assert isinstance(spec.task, Generate)
     grammar = want(spec.task, ask).grammar
-    if spec.task.tools:
+    if spec.task.calls_tools:
         return _calls(ask, answer)
     if (
         grammar is None
@@ -201,6 +212,10 @@ def _calls(ask: Ask, answer: Answer) -> Verdict:
         or answer.finish_reason is FinishReason.LENGTH
     ):
         return Verdict()
+    assert isinstance(ask.want, Write)
+    form = ask.want.grammar
+    if form is not None and (wrong := structured.fault(form, answer.text)):
+        return Verdict(Failure(answer.id, "tool_call", wrong.reason))
     try:
         calls = toolcalls.parse(ask.about["tool_calls"], answer.text)
     except ValueError as error:

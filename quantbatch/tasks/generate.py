@@ -49,7 +49,7 @@ def fields(spec: JobSpec) -> list[pa.Field]:
     if sampling.logprobs:
         types["top_logprobs"] = pa.list_(_TOP)
     types |= {field.name: field.type for field in formed.exploded(spec)}
-    if isinstance(spec.task, Generate) and spec.task.tools:
+    if isinstance(spec.task, Generate) and spec.task.calls_tools:
         types["tool_calls"] = _CALLS
     several = sampling.n > 1
     return [pa.field(name, pa.list_(kind) if several else kind) for name, kind in types.items()]
@@ -132,6 +132,6 @@ def _values(spec: JobSpec, ask: Ask, sample: Completion) -> dict[str, Any]:
     if sample.logprobs is not None:  # an engine without a model has none
         values["logprobs"] = [token.logprob for token in sample.logprobs]
         values["top_logprobs"] = [token.top for token in sample.logprobs]
-    if spec.output.explode or (isinstance(spec.task, Generate) and spec.task.tools):
+    if spec.output.explode or (isinstance(spec.task, Generate) and spec.task.calls_tools):
         values |= formed.verdict(spec, ask, sample).values or {}
     return values

@@ -21,11 +21,15 @@ from quantbatch.batchfile.bodies import (
     read_request,
 )
 from quantbatch.errors import RowError
+from quantbatch.toolcalls import Choice
 from quantbatch.wants import Grammar
 
 SAID = [{"role": "user", "content": "hello"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": SCHEMA},
+}
 CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"a": 1}'}}
 
 
@@ -147,7 +151,12 @@ def test_every_option_of_the_official_client_is_known(form: Any, params: Any) ->
         ({"tools": "x"}, "bad_request", 'tools: "x": '),
         ({"tools": [{"type": "custom"}]}, "unsupported_option", 'tools.0.type: "custom": '),
         ({"tool_choice": "required"}, "bad_request", 'tool_choice: "required": needs tools'),
-        ({"tools": [TOOL], "tool_choice": "required"}, "unsupported_option", "tool_choice: "),
+        ({"tools": [TOOL], "tool_choice": "any"}, "unsupported_option", "tool_choice: "),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+            "bad_request",
+            'tool_choice: {"type": "function", "function": {"name": "x"}}: names none',
+        ),
         ({"tools": [TOOL], "parallel_tool_calls": False}, "unsupported_option", "parallel_tool"),
         (
             {"tools": [TOOL], "response_format": {"type": "json_object"}},
@@ -221,8 +230,15 @@ def test_tools_are_told_unless_none_is_to_be_chosen() -> None:
     assert chat(tools=[TOOL]).about == {"kind": "chat", "tools": {}}
     assert chat(tools=[TOOL], tool_choice="auto", parallel_tool_calls=True).tools == [TOOL]
     assert chat(tools=[TOOL], tool_choice="none").tools is None
+    assert chat(tools=[TOOL], tool_choice="auto").choice is None
+    assert chat(tools=[TOOL], tool_choice="required").choice == Choice()
+    once = chat(tools=[TOOL], tool_choice="required", parallel_tool_calls=False)
+    assert once.choice == Choice(once=True)
+    name = TOOL["function"]["name"]
+    named = {"type": "function", "function": {"name": name}}
+    assert chat(tools=[TOOL], tool_choice=named).choice == Choice(name)
     assert chat(tools=[]).tools is None
-    strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}  # type: ignore[dict-item]
+    strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}
     assert chat(tools=[strict]).about["tools"] == {"weather": SCHEMA}
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pytest
 
+from quantbatch import structured
 from quantbatch.batchfile.prompts import RequestRenderer
 from quantbatch.prompts.tokens import load_tokenizer
 from quantbatch.spec import JobSpec
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from quantbatch.errors import RowError
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALLED = '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>'
 WITH_TOOLS = (
     "{% if tools %}{{ '<|im_start|>tools ' + (tools | tojson) + '<|im_end|>' }}{% endif %}"
     "{% for message in messages %}{{ '<|im_start|>' + message.role + ' ' + message.content }}"
@@ -104,6 +106,33 @@ def test_a_developer_is_the_system_where_the_template_knows_none(folder: Path) -
     assert chat(renderer(folder), messages=messages).text.startswith("<|im_start|>system\nx")
     knows = WITH_TOOLS + "{# developer #}"
     assert chat(renderer(folder, knows), messages=messages).text.startswith("<|im_start|>developer")
+
+
+def test_calls_are_forced_where_it_is_known_how_they_are_written(folder: Path) -> None:
+    maker = renderer(folder, WITH_TOOLS + "{# <tool_call> #}")
+    found = chat(maker, tools=[TOOL], tool_choice="required").ask
+    assert isinstance(found.want, Write)
+    assert found.want.grammar is not None
+    assert structured.fault(found.want.grammar, CALLED) is None
+    assert structured.fault(found.want.grammar, "It rains.") is not None
+    assert found.about["family"] == "hermes"
+    assert chat(maker, tools=[TOOL]).ask.want == Write()
+    refused = chat(renderer(folder, WITH_TOOLS), tools=[TOOL], tool_choice="required").error
+    assert refused is not None
+    assert (refused.kind, refused.message[:23]) == ("unsupported_option", 'tool_choice: "required"')
+
+
+def test_names_of_a_tool_s_properties_can_not_write_control_tokens(folder: Path) -> None:
+    maker = renderer(folder, WITH_TOOLS)
+    named = {"type": "object", "properties": {"<|im_end|>": {"type": "string"}}}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": named}}
+    found = chat(maker, tools=[tool]).error
+    assert found is not None
+    assert found.kind == "control_token"
+    said = {"name": "weather", "description": "a<|im_end|>b"}
+    text = chat(maker, tools=[{"type": "function", "function": said}])
+    assert text.ids is not None
+    assert text.ids.count(end_of(folder)) == 2
 
 
 def test_tools_are_shown_to_templates_that_know_them(folder: Path) -> None:

@@ -53,6 +53,8 @@ def said(
 
 def ask(kind: str, want: Any = None, **about: Any) -> Ask:
     told = {"kind": kind, "id": "abc", "model": "m", "prompt_tokens": 11} | about
+    if "tools" in told:
+        told = {"family": "hermes"} | told
     return Ask(want or Write(), about=told)
 
 
@@ -119,9 +121,41 @@ def test_one_greedy_answer_is_given_n_times(texts: TokenTexts) -> None:
     assert found.usage.completion_tokens == 6
 
 
+def hermes(**strict: Any) -> dict[str, Any]:
+    return {"family": "hermes", "tools": strict}
+
+
 @pytest.mark.parametrize("inner", ["[" * 100_000, '{"name": "f", "arguments": {"a": "\\ud800"}}'])
 def test_a_call_that_can_not_be_read_is_a_fault(inner: str) -> None:
-    assert "no JSON object" in calls_of(f"<tool_call>{inner}</tool_call>", {}).fault
+    assert "no JSON" in calls_of(hermes(), f"<tool_call>{inner}</tool_call>").fault
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "content"),
+    [
+        ("hermes", f"I look. {CALL}", "I look."),
+        ("llama", '{"name": "weather", "parameters": {"city": "Rome"}}', None),
+        (
+            "mistral",
+            'So. [TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rome"}}]',
+            "So.",
+        ),
+    ],
+)
+def test_calls_are_read_as_their_model_writes_them(
+    texts: TokenTexts, family: str, text: str, content: str | None
+) -> None:
+    of = ask("chat", tools={"weather": SCHEMA}, family=family)
+    found = chat(body(of, [said(text, [60])], texts)).choices[0]
+    assert (found.message.content, found.finish_reason) == (content, "tool_calls")
+    assert found.message.tool_calls is not None
+    [call] = found.message.tool_calls
+    assert call.type == "function"
+    assert (call.function.name, call.function.arguments) == ("weather", '{"city": "Rome"}')
+    wrong = text.replace("city", "town")
+    assert "'city' is a required property" in calls_of(of.about, wrong).fault
+    unknown = calls_of(of.about | {"family": None}, text)
+    assert (unknown.content, unknown.calls, unknown.fault) == (text, (), "")
 
 
 def test_calls_of_tools(texts: TokenTexts) -> None:
@@ -140,12 +174,12 @@ def test_calls_of_tools(texts: TokenTexts) -> None:
 
 def test_calls_that_are_none() -> None:
     for text in ("<tool_call>{</tool_call>", '<tool_call>{"a": 1}</tool_call>', "<tool_call>"):
-        found = calls_of(text, {})
+        found = calls_of(hermes(), text)
         assert (found.content, found.calls) == (text, ())
         assert found.fault
-    assert calls_of(CALL, {"weather": SCHEMA}).fault == ""
+    assert calls_of(hermes(weather=SCHEMA), CALL).fault == ""
     wrong = CALL.replace("city", "town")
-    assert calls_of(wrong, {"weather": SCHEMA}).fault.startswith("arguments of weather: ")
+    assert calls_of(hermes(weather=SCHEMA), wrong).fault.startswith("arguments of weather: ")
 
 
 def test_whole_answers_are_checked_for_their_form() -> None:
