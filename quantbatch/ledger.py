@@ -129,8 +129,18 @@ class Ledger:
                 yield chunk
 
     def unpublished(self) -> list[Shard]:
-        """Return the shards whose chunks are all committed but which readers don't see yet."""
-        return [s for s in self._plan.shards if s.id not in self.published and self._whole(s)]
+        """Return the shards whose chunks are all committed but which readers don't see yet, or see
+        as they were before a retry that is done: by a driver that slept through it.
+        """
+        return [
+            s
+            for s in self._plan.shards
+            if (self._is_stale(s) if s.id in self.published else self._whole(s))
+        ]
+
+    def _is_stale(self, shard: Shard) -> bool:
+        chunks = self._plan.chunks_of(shard)
+        return self.retries.is_behind(chunks, self.published[shard.id].retry)
 
     def record(self, receipt: Receipt) -> tuple[Shard, ...]:
         """Note a committed chunk; return its shard if that is now whole, else nothing."""
@@ -198,7 +208,9 @@ class Ledger:
     def succeeded(self) -> bool:
         """Tell whether the manifest covers the whole plan, so that nothing is left to do."""
         found = _read_json(self.store, SUCCESS)
-        return self.finished and found is not None and len(found["files"]) == len(self.published)
+        if not self.finished or found is None or len(found["files"]) != len(self.published):
+            return False
+        return not any(self._is_stale(shard) for shard in self._plan.shards)
 
     @property
     def fingerprint(self) -> str:

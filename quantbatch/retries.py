@@ -26,7 +26,7 @@ from quantbatch.records import Again
 from quantbatch.storage import PRIVATE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from quantbatch.storage import Store
 
@@ -147,6 +147,11 @@ class Retries:
             if number:
                 found[chunk] = number
         return found
+
+    def is_behind(self, chunks: Sequence[int], number: int) -> bool:
+        """Tell whether a retry that is done has rows of chunks, and comes after a given one."""
+        later = (each for each in self.known if each.done and each.number > number)
+        return any(chunk in each.by_chunk for each in later for chunk in chunks)
 
     def again(self, retry: Retry, chunk: int) -> Again:
         """Return what a chunk's further attempt has to know."""

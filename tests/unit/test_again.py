@@ -274,3 +274,25 @@ def test_a_damaged_list_is_one_error(spec: JobSpec, damage: bytes) -> None:
     ledger.store.put("_quantbatch/retries/0001.parquet", damage)
     with pytest.raises(Refused, match=r"retries/0001\.parquet: damaged"):
         reopened(spec)
+
+
+def test_a_file_put_by_a_driver_that_slept_through_a_retry_is_published_again(
+    spec: JobSpec,
+) -> None:
+    names = ("part-000000.parquet", "_quantbatch/shards/000000.json")
+    ledger = reopened(spec)
+    older = {name: ledger.store.read(name) for name in names}
+    retry(ledger)
+    assert reopened(spec).succeeded()
+    for name, data in older.items():
+        ledger.store.put(name, data)
+    found = {problem.kind for problem in verify(spec).problems}
+    assert found == {"files of an older retry", "counts that are wrong"}
+
+    ledger = reopened(spec)
+    assert not ledger.succeeded()
+    assert [shard.id for shard in ledger.unpublished()] == [0]
+    publish(ledger, 0)
+    assert ledger.unpublished() == []
+    ledger.succeed()
+    proven(spec)
