@@ -338,6 +338,18 @@ def say_faults(document: Mapping[str, Any]) -> None:
         say(f"can't be read: {one_line(f'{key}: {why}')}", "red")
 
 
+def say_tidied(document: Mapping[str, Any]) -> None:
+    """Print what `gc` removed."""
+    what = "would be removed" if document["dry_run"] else "removed"
+    for name, found in document["removed"].items():
+        say(f"{what}: {name}: {several(found['objects'], 'object')}, {size(found['bytes'])}")
+    if not document["removed"]:
+        say("nothing to remove")
+    if document["undecided"]:
+        files = several(document["undecided"], "data file")
+        say(f"kept: {files} of chunks that are not answered; quantbatch run decides about them")
+
+
 def say_verdict(document: Mapping[str, Any]) -> None:
     """Print what `verify` found."""
     counts = document["counts"]

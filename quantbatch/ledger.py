@@ -301,13 +301,18 @@ def read_job(store: Store) -> dict[str, Any] | None:
     return found
 
 
-def _refuse_other_job(store: Store, job: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    where = redact(store.uri)
+def refuse_other_format(store: Store, job: Mapping[str, Any]) -> None:
+    """Refuse records of another version than ours, which may mean something else."""
     if job["format"] != FORMAT:
         raise Refused(
-            f"{where}: written in format {job['format']}, this is format {FORMAT}",
+            f"{redact(store.uri)}: written in format {job['format']}, this is format {FORMAT}",
             "use the version of quantbatch that wrote it, or another output.uri",
         )
+
+
+def _refuse_other_job(store: Store, job: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    where = redact(store.uri)
+    refuse_other_format(store, job)
     fields = {**job["identity"], **identity}
     changed = [
         f"{name} was {_short(job['identity'].get(name))}, now {_short(identity.get(name))}"

@@ -27,7 +27,7 @@ from quantbatch.cli import files, jobs, models, repeat
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_WITHOUT_PANDAS = frozenset({"plan", "validate", "status", "verify", "formats", "errors"})
+_WITHOUT_PANDAS = frozenset({"plan", "validate", "status", "verify", "gc", "formats", "errors"})
 
 app = typer.Typer(
     name="quantbatch",

@@ -289,6 +289,33 @@ def verify(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False)
         raise typer.Exit(verdict.exit_code)
 
 
+def gc(
+    where: Annotated[str, typer.Argument(metavar="SPEC_OR_OUTPUT", help="A spec or an output.")],
+    older_than: Annotated[
+        str,
+        typer.Option(metavar="AGE", help="Of what goes by age, by the store's clock: 90m, 7d."),
+    ] = "24h",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would go.")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove what killed runs left on an output, also while others run; never what counts.
+
+    Data files of attempts that lost go at once. Scratch files, leases and unfinished uploads go by
+    their age.
+    """
+    with outcome(as_json):
+        from quantbatch import gc as tidying
+
+        age_s = tidying.age_s(older_than)
+        place = output_of(where, overrides)
+        document = tidying.tidy(*place, older_than_s=age_s, dry_run=dry_run).to_json()
+        if as_json:
+            console.say_document(document)
+        else:
+            console.say_tidied(document)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": run,
     "plan": plan,
@@ -296,5 +323,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample,
     "status": status,
     "verify": verify,
+    "gc": gc,
 }
 """By name."""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from quantbatch import gc
 from quantbatch.errors import StorageError
 from quantbatch.spec import Storage
-from quantbatch.storage import S3Store, probe
+from quantbatch.storage import S3Store, probe, uploads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,6 +74,34 @@ def test_probe_and_pickle(bucket: Bucket) -> None:
     again.put("a", b"1")
     assert store.read("a") == b"1"
     assert [info.key for info in store.list()] == ["a"]
+
+
+def test_uploads_that_were_never_completed_are_found_and_aborted(bucket: Bucket) -> None:
+    store = bucket.store("out")
+    name = bucket.uri.removeprefix("s3://")
+    for key in ("out/a", "out/b", "out2/c"):
+        store._fs.call_s3("create_multipart_upload", Bucket=name, Key=key)
+    found = uploads.unfinished(store)
+    assert [upload.path for upload in found] == ["out/a", "out/b"]
+    assert all(0 < upload.begun_s < time.time() + 60 for upload in found)  # moto: always in 2010
+    uploads.abort(store, found[0])
+    assert uploads.unfinished(store) == found[1:]
+    assert list(store.list()) == []
+
+
+def test_gc_on_s3(bucket: Bucket) -> None:
+    store = bucket.store("out")
+    store.put("_quantbatch/job.json", b'{"format": 2, "identity": {}, "spec": {}}')
+    store.put("_quantbatch/leases/000000.json", b"{}")
+    name = bucket.uri.removeprefix("s3://")
+    store._fs.call_s3("create_multipart_upload", Bucket=name, Key="out/part-000000.parquet")
+    assert uploads.unfinished(store)
+    done = gc.tidy(store.uri, bucket.storage, older_than_s=600)
+    assert done.removed == {"uploads": [0]}  # moto says that all began in 2010
+    done = gc.tidy(store.uri, bucket.storage, older_than_s=-600)
+    assert done.removed == {"leases": [2]}
+    assert [info.key for info in store.list()] == ["_quantbatch/job.json"]
+    assert uploads.unfinished(store) == []
 
 
 def test_a_missing_bucket_is_one_quick_error(s3_endpoint: str) -> None:

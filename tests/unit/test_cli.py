@@ -440,7 +440,7 @@ def test_each_problem_is_an_error_with_its_hint_on_stderr(folder: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "validate", "sample", "status", "verify"])
+@pytest.mark.parametrize("command", ["run", "plan", "validate", "sample", "status", "verify", "gc"])
 def test_a_failure_is_a_document_too(folder: Path, command: str) -> None:
     result = call(command, "nothing.yaml", "--json")
     found = document(result)
@@ -664,6 +664,26 @@ def test_status_of_records_that_another_version_wrote(folder: Path) -> None:
     result = call("status", "out")
     assert result.exit_code == 3
     assert "written by quantbatch" in result.stderr
+
+
+def test_gc_by_spec_and_by_output(folder: Path) -> None:
+    assert "no job has begun here" in call("gc", "job.yaml").stderr
+    answer(load_spec("job.yaml"), slice(2))
+    assert call("gc", "out").stdout == "nothing to remove\n"
+    data = folder / "out" / "_quantbatch" / "data"
+    for chunk in (0, 2):
+        (data / f"{chunk:08d}-0123456789ab.parquet").write_text("lost")
+    result = call("gc", "job.yaml", "--dry-run")
+    assert result.stdout.splitlines() == [
+        "would be removed: attempts: 1 object, 4 bytes",
+        "kept: 1 data file of chunks that are not answered; quantbatch run decides about them",
+    ]
+    found = document(call("gc", "out", "--json"))
+    assert found["removed"] == {"attempts": {"objects": 1, "bytes": 4}}
+    assert found["undecided"] == 1
+    result = call("gc", "out", "--older-than", "soon")
+    assert result.exit_code == 2
+    assert "--older-than soon" in result.stderr
 
 
 def test_verify(folder: Path) -> None:
