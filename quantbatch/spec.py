@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from quantbatch import structured
 from quantbatch.batchfile import specs
 from quantbatch.model import cards
+from quantbatch.places import Uri
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -41,7 +42,7 @@ class Storage(Section):
     from here.
     """
 
-    endpoint_url: Annotated[str, Field(pattern=r"^https?://[^/\s]+")] | None = Field(
+    endpoint_url: Annotated[Uri, Field(pattern=r"^https?://[^/\s]+")] | None = Field(
         None, json_schema_extra=TUNING
     )
     """Address of an S3-compatible store; null is AWS."""
@@ -54,7 +55,7 @@ class Storage(Section):
 class Input(Section):
     """Where the rows come from."""
 
-    uri: str | Annotated[list[str], Field(min_length=1)]
+    uri: Uri | Annotated[list[Uri], Field(min_length=1)]
     """A file, a glob, a folder (read with all its sub-folders; `day=2026-01-01` in a path becomes a
     column `day`) or a list of those; a local path or s3://bucket/key."""
     format: Literal["auto", "parquet", "jsonl", "csv", "openai-batch"] = "auto"
@@ -123,7 +124,7 @@ Quantization = Annotated[Unquantized | Int8 | FourBit, Field(discriminator="kind
 class Model(Section):
     """Which model, and in how many bits."""
 
-    id: str
+    id: Uri
     """A folder, a GGUF file, or the name of a Hugging Face repository."""
     revision: str | None = None
     """Commit, tag or branch of a repository; the commit that it stands for is recorded. Pin a
@@ -145,7 +146,7 @@ class Model(Section):
     trust_remote_code: bool = False
     """Run the Python code that comes with a repository. It can do all that you can; so `revision`
     has to pin the commit that you read."""
-    cache: str | None = Field(None, min_length=1, json_schema_extra=TUNING)
+    cache: Uri | None = Field(None, min_length=1, json_schema_extra=TUNING)
     """A folder, local or s3://, that keeps quantized weights: the first replica quantizes, later
     ones and other jobs load a third of the bytes."""
     cache_storage: Storage = Storage()
@@ -682,7 +683,7 @@ class Cluster(Section):
     cpu_fallback: bool = Field(False, json_schema_extra=TUNING)
     """Run on CPUs when the cluster has no card. Off, because a large model on CPUs seems to
     hang."""
-    address: str | None = Field(None, json_schema_extra=TUNING)
+    address: Uri | None = Field(None, json_schema_extra=TUNING)
     """Ray cluster to join; null: the one that RAY_ADDRESS or the surrounding Ray job names, else
     one started on this machine for the run."""
     chunks_in_flight: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
@@ -718,7 +719,7 @@ class Cluster(Section):
 class Output(Section):
     """Where the answers go, and in what form."""
 
-    uri: str
+    uri: Uri
     """A folder: a local path or s3://bucket/prefix."""
     format: Literal["parquet", "openai-batch"] = "parquet"
     """Format of the files. `openai-batch`, which is usual for input of that format and for no
@@ -749,7 +750,7 @@ class AnswersCache(Section):
     files, and its folder may be removed whenever no job runs.
     """
 
-    uri: str = Field(json_schema_extra=TUNING)
+    uri: Uri = Field(json_schema_extra=TUNING)
     """A folder, local or s3://, on which all replicas look."""
     storage: Storage = Storage()
 

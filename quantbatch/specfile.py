@@ -1,8 +1,7 @@
 """A job's YAML file -> JobSpec, or one error for each mistake in it, with its line and the nearest
 name.
 
-The file is untrusted input: it is read by yaml's safe loader, at most a megabyte of it; a repeated
-key is refused, and so is one that grows by aliases beyond 10,000 values ("billion laughs").
+The file is untrusted input, and so are overrides: `plainyaml` reads them.
 """
 
 from __future__ import annotations
@@ -18,17 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from quantbatch.errors import JobError, SpecError
+from quantbatch.plainyaml import MAX_BYTES, TOO_DEEP, TOO_MANY, children, parse
 from quantbatch.spec import JobSpec, Section
+from quantbatch.storage import redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from pydantic_core import ErrorDetails
 
-MAX_BYTES = 1_000_000
-MAX_VALUES = 10_000
+MAX_SAID = 200
+"""Characters of an override that a message repeats."""
 
 Location = tuple[str | int, ...]
 
@@ -44,11 +47,24 @@ def load_spec(path: Path | str, overrides: Sequence[str] = ()) -> JobSpec:
         SpecError: The file can't be read, or its content is not a job spec: every problem at once.
     """
     path = Path(path)
-    node = _compose(_read(path), path)
-    document = _construct(node, path)
-    origins = {_set(document, override): f"--set {override}" for override in overrides}
+    text = _read(path)
+    try:
+        node, document = parse(text, str(path))
+    except yaml.MarkedYAMLError as error:
+        raise _not_yaml(error, path) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        problem = f"{path}:{line}: not YAML: the character #x{error.character:04x}"
+        raise SpecError(JobError(problem, "write it as an escape in double quotes")) from None
+    if not isinstance(node, yaml.MappingNode):
+        hint = "quantbatch init writes a commented example"
+        raise SpecError(JobError(f"{path}: a spec is a mapping of fields to values", hint))
+    origins = {_set(document, override): _shown(override) for override in overrides}
     odd = [
-        JobError(f"{_origin(place, node, origins) or path}: {'.'.join(map(str, place))}: {what}")
+        JobError(
+            f"{_origin(place, node, origins) or f'{path}:{_line(node, place)}'}:"
+            f" {'.'.join(map(str, place))}: {what}"
+        )
         for place, what in _odd_texts(document, ())
     ]
     if odd:
@@ -74,21 +90,6 @@ def _read(path: Path) -> str:
         raise SpecError(JobError(f"{path}: not UTF-8 at byte {error.start}")) from None
 
 
-def _compose(text: str, path: Path) -> yaml.Node:
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        raise _not_yaml(error, path) from None
-    except yaml.YAMLError as error:
-        raise SpecError(JobError(f"{path}: not YAML: {error}")) from None
-    except RecursionError:
-        raise SpecError(JobError(f"{path}: nested too deeply")) from None
-    if not isinstance(node, yaml.MappingNode):
-        hint = "quantbatch init writes a commented example"
-        raise SpecError(JobError(f"{path}: a spec is a mapping of fields to values", hint))
-    return node
-
-
 def _not_yaml(error: yaml.MarkedYAMLError, path: Path) -> SpecError:
     mark = error.problem_mark or error.context_mark
     problem = f"{path}:{mark.line + 1 if mark else 1}: not YAML: {error.problem}"
@@ -102,77 +103,51 @@ def _not_yaml(error: yaml.MarkedYAMLError, path: Path) -> SpecError:
     return SpecError(JobError(problem, hint))
 
 
-def _construct(node: yaml.Node, path: Path) -> dict[str, Any]:
-    if _count(node, {}) > MAX_VALUES:
-        raise SpecError(JobError(f"{path}: more than {MAX_VALUES:,} values, aliases expanded"))
-    repeated = [JobError(f"{path}:{line}: {key!r} is given twice") for key, line in _repeated(node)]
-    if repeated:
-        raise SpecError(*repeated)
-    try:
-        # Aliases share their values; a round trip through JSON gives each place its own.
-        built = yaml.SafeLoader("").construct_document(node)
-        document: dict[str, Any] = json.loads(json.dumps(built, default=str))
-    except yaml.MarkedYAMLError as error:
-        raise _not_yaml(error, path) from None
-    except (RecursionError, ValueError) as error:
-        raise SpecError(JobError(f"{path}: not YAML: {error}")) from None
-    return document
-
-
-def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """Count the values under a node as they are with every alias expanded."""
-    if id(node) not in known:
-        known[id(node)] = MAX_VALUES  # what a node that contains itself counts
-        known[id(node)] = 1 + sum(_count(child, known) for _, child in _children(node))
-    return known[id(node)]
-
-
-def _children(node: yaml.Node) -> Iterator[tuple[str | int, yaml.Node]]:
-    match node:
-        case yaml.MappingNode():
-            yield from ((key.value, value) for key, value in node.value)
-        case yaml.SequenceNode():
-            yield from enumerate(node.value)
-        case _:
-            return
-
-
-def _repeated(node: yaml.Node) -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                yield str(key.value), key.start_mark.line + 1
-            seen.add(str(key.value))
-    for _, child in _children(node):
-        yield from _repeated(child)
-
-
 def _set(document: dict[str, Any], override: str) -> Location:
     """Apply one `a.b=value` to a document in place and return the place that it names."""
     dotted, equals, text = override.partition("=")
     parts = dotted.split(".")
     if not equals or not all(parts):
-        raise SpecError(JobError(f"--set {override}: not of the form a.b=value"))
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
+        raise SpecError(JobError(f"{_shown(override)}: not of the form a.b=value"))
+    value = _set_value(override, text)
     inner: Any = document
     for depth, part in enumerate(parts[:-1]):
         inner = inner.setdefault(part, {}) if isinstance(inner.get(part), dict | None) else None
         if not isinstance(inner, dict):
             place = ".".join(parts[: depth + 1])
-            raise SpecError(JobError(f"--set {override}: {place} is a value and has no fields"))
+            raise SpecError(JobError(f"{_shown(override)}: {place} is a value and has no fields"))
     inner[parts[-1]] = value
     return tuple(parts)
+
+
+def _shown(override: str) -> str:
+    shown = redact(override)
+    return f"--set {shown if len(shown) <= MAX_SAID else shown[:MAX_SAID] + '...'}"
+
+
+def _set_value(override: str, text: str) -> Any:  # noqa: ANN401 - parsed YAML
+    said = _shown(override)
+    if len(text) > MAX_BYTES:
+        raise SpecError(JobError(f"{said}: {len(text):,} characters; at most {MAX_BYTES:,}"))
+    try:
+        return parse(text, said)[1]
+    except (ComposerError, ConstructorError) as error:
+        problem = str(error.problem)
+        if "tag" in problem or problem in (TOO_MANY, TOO_DEEP):
+            raise SpecError(JobError(f"{said}: {problem}")) from None
+        return text
+    except yaml.YAMLError:
+        return text  # a template with a colon, and such
 
 
 def _odd_texts(value: Any, place: Location) -> Iterator[tuple[Location, str]]:  # noqa: ANN401 - parsed YAML
     """Yield the texts that no path and no tokenizer takes; YAML can write them as escapes."""
     match value:
         case str() if re.search(r"[\0\ud800-\udfff]", value):
-            yield place, f"{json.dumps(value)}: holds a NUL or half of a surrogate pair"
+            yield (
+                place,
+                f"{json.dumps(redact(value))[:80]}: holds a NUL or half of a surrogate pair",
+            )
         case dict():
             for key, inner in value.items():
                 yield from _odd_texts(inner, (*place, key))
@@ -242,7 +217,7 @@ def _origin(place: Location, node: yaml.Node, origins: dict[Location, str]) -> s
 
 def _has(node: yaml.Node, place: Location) -> bool:
     for part in place:
-        inner = dict(_children(node)).get(part)
+        inner = dict(children(node)).get(part)
         if inner is None:
             return False
         node = inner
@@ -287,7 +262,7 @@ def _problem(
         case _:
             pass
     said = " or ".join(dict.fromkeys(_said(str(detail["msg"])) for detail in details))
-    value = json.dumps(first["input"], default=str)[:80]
+    value = redact(json.dumps(first["input"], default=str))[:80]
     problem = f"{where}: {name}: {value}: {said.replace(' or should be ', ' or ')}"
     return JobError(problem, _quotes(first) or _description(place, document))
 

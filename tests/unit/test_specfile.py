@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantbatch.errors import SpecError
+from quantbatch.plainyaml import MAX_BYTES
 from quantbatch.spec import JobSpec, Model, ReplicaRange, json_schema
-from quantbatch.specfile import MAX_BYTES, load_spec
+from quantbatch.specfile import load_spec
+from quantbatch.storage import redact
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -288,11 +290,18 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines(tmp_path: Path) -> 
         (BASE + "  uri: x\n", "11: 'uri' is given twice"),
         (b"a: \xff", "not UTF-8 at byte 3"),
         ("x" * (MAX_BYTES + 1), "1,000,001 bytes; a spec has at most 1,000,000"),
-        ("[" * 2000, "nested too deeply"),
-        ("{a: " * 2000, "nested too deeply"),
+        ("[" * 2000, "1: not YAML: nested too deeply"),
+        ("{a: " * 2000, "1: not YAML: nested too deeply"),
         ("a: &a {b: *a}", "more than 10,000 values"),
-        (BASE.replace("uri: in", 'uri: "a\\0b"'), 'input.uri: "a\\u0000b": holds a NUL'),
-        (BASE.replace("uri: in", 'uri: ["a\\ud800"]'), 'input.uri.0: "a\\ud800": holds a NUL'),
+        ("a: [" + "x, " * 10_000 + "]", "1: not YAML: more than 10,000 values"),
+        ("a:\n b: !!binary aGFsbG8=", "not text, numbers, lists and mappings: a bytes"),
+        ("a: !!set {x}", "not text, numbers, lists and mappings: a set"),
+        ("{2026-01-01: x}", "not text, numbers, lists and mappings: keys must be str"),
+        ("a:\n b: 2026-13-45", '2: not YAML: "2026-13-45" is no timestamp'),
+        ("a: !!bool maybe", '1: not YAML: "maybe" is no bool'),
+        ("a\n\x07", "2: not YAML: the character #x0007"),
+        (BASE.replace("uri: in", 'uri: "a\\0b"'), '3: input.uri: "a\\u0000b": holds a NUL'),
+        (BASE.replace("uri: in", 'uri: ["a\\ud800"]'), '3: input.uri.0: "a\\ud800": holds a NUL'),
     ],
 )
 def test_what_is_no_spec_at_all(tmp_path: Path, text: str | bytes, said: str) -> None:
@@ -322,10 +331,62 @@ def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
         ("modle.bits=4", "there is no field modle"),
         ("name.x=4", "name is a value and has no fields"),
         ("output.keep=[a, 3]", "output.keep.1: 3: should be a valid string"),
+        ("name=!!python/name:os.system", "could not determine a constructor for the tag"),
+        ("name=[&a [x, x], *a, *b]", "name: "),
+        (f"name={'[' * 60}{']' * 60}", "nested too deeply"),
+        ("task={kind: classify, kind: score}", "1: 'kind' is given twice"),
+        ("input.uri=s3://AK:se/cret@bucket/x", "input.uri: a URI (s3://...) with a user"),
     ],
 )
 def test_a_wrong_override_is_named(tmp_path: Path, override: str, said: str) -> None:
-    assert problem(tmp_path, BASE, override)[0] == f"--set {override}: {said}"
+    found = problem(tmp_path, BASE, override)[0]
+    assert found.startswith(f"--set {redact(override)}:")
+    assert said in found
+
+
+def test_an_override_cannot_grow_by_aliases(tmp_path: Path) -> None:
+    inner = ["&a0 [x, x, x, x, x, x, x, x, x, x]"]
+    inner += [f"&a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
+    said = problem(tmp_path, BASE, f"input.uri=[{', '.join(inner)}]")[0]
+    assert "more than 10,000 values" in said
+    assert len(said) < 400
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://AKIAIOSFODNN7EXAMPLE:wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY@bucket/in",
+        "s3://user@bucket/in",
+        "https://user:hunter2@host/in",
+        "https://bucket.s3.amazonaws.com/in?X-Amz-Signature=hunter2&X-Amz-Date=1",
+        "s3://bucket/in?AWSAccessKeyId=hunter2",
+    ],
+)
+@pytest.mark.parametrize(
+    "place",
+    ["input.uri", "output.uri", "model.id", "model.cache", "answers_cache.uri", "cluster.address",
+     "input.storage.endpoint_url", "output.storage.endpoint_url"],
+)  # fmt: skip
+def test_credentials_in_a_uri_are_refused_and_not_repeated(
+    tmp_path: Path, place: str, uri: str
+) -> None:
+    found = problem(tmp_path, BASE, f"{place}={uri}")
+    assert "environment" in found[0] or "should match pattern" in found[0]
+    assert not any(secret in str(found) for secret in ("hunter2", "K7MDENG", "AKIA", "user@"))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://bucket/a?[b-c].parquet",
+        "s3://bucket/a:b@c.parquet",
+        "s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/name/in",
+        "in/a@b:c?token.parquet",
+        "file:///in",
+    ],
+)
+def test_other_uris_are_taken(tmp_path: Path, uri: str) -> None:
+    assert load(tmp_path, BASE, f"input.uri={json.dumps(uri)}").input.uri == uri
 
 
 def test_overrides_are_yaml_and_the_last_one_counts(tmp_path: Path) -> None:
