@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def redact(text: str) -> str:
     """Take user info and query strings, where credentials hide, out of the URIs in a text."""
     # A password may hold @, and a secret key of AWS a slash. The bounds keep the time linear.
-    text = re.sub(r"(?<=://)(?:[^/\s]{0,300}@|[^/\s@]{0,300}:[^\s@]{0,300}@)", "", text)
+    text = re.sub(r"(?<=://)(?:[^/\s]{0,300}@|[^/\s@]{0,300}:(?!\d+/)\S{0,300}@)", "", text)
     return re.sub(r"(://[^\s?]{0,300})\?\S*", r"\1", text)
 
 

@@ -227,7 +227,7 @@ def test_unknown_scheme() -> None:
     ("text", "redacted"),
     [
         ("s3://AK:se/cr@et@bucket/x y", "s3://bucket/x y"),
-        ("a s3://b/c@d e", "a s3://b/c@d e"),
+        ("a s3://b/c@d http://h:80/e@f", "a s3://b/c@d http://h:80/e@f"),
         ("s3://key:secret@bucket/a", "s3://bucket/a"),
         ("https://h/a?X-Amz-Signature=abc&x=1 and more", "https://h/a and more"),
         ("plain text? yes", "plain text? yes"),
