@@ -315,7 +315,7 @@ def _refuse_other_job(store: Store, job: Mapping[str, Any], identity: Mapping[st
     refuse_other_format(store, job)
     fields = {**job["identity"], **identity}
     changed = [
-        f"{name} was {_short(job['identity'].get(name))}, now {_short(identity.get(name))}"
+        f"{name} was {_beside(job['identity'].get(name), identity.get(name))}"
         for name in fields
         if job["identity"].get(name) != identity.get(name)
     ]
@@ -326,9 +326,21 @@ def _refuse_other_job(store: Store, job: Mapping[str, Any], identity: Mapping[st
         )
 
 
-def _short(value: Any) -> str:  # noqa: ANN401 - any JSON value
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+_SHOWN_CHARS = 80
+
+
+def _beside(was: object, now: object) -> str:
+    """Show two JSON values; of long ones, what is around the place where they begin to differ."""
+    texts = [json.dumps(value, sort_keys=True) for value in (was, now)]
+    if max(map(len, texts)) <= _SHOWN_CHARS:
+        return ", now ".join(texts)
+    pairs = enumerate(zip(*texts, strict=False))
+    differs = next((at for at, (a, b) in pairs if a != b), min(map(len, texts)))
+    start = max(0, differs - _SHOWN_CHARS // 2)
+    shown = [text[start : start + _SHOWN_CHARS] for text in texts]
+    before = "..." if start else ""
+    after = ["..." if len(text) > start + _SHOWN_CHARS else "" for text in texts]
+    return ", now ".join(f"{before}{s}{end}" for s, end in zip(shown, after, strict=True))
 
 
 def _read_json(store: Store, key: str) -> dict[str, Any] | None:
