@@ -33,7 +33,13 @@ class Section(BaseModel):
     """A part of the spec: frozen, and without room for a field that it does not know."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        # A value may be a secret in the wrong place; specfile shows what it must, without those.
+        hide_input_in_errors=True,
     )
 
 
