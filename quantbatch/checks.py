@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from quantbatch import storage, structured, tasks
-from quantbatch.errors import JobError, Refused, SpecError
+from quantbatch.errors import InputError, JobError, Refused, SpecError
 from quantbatch.input import listing
 from quantbatch.plan import Plan
 from quantbatch.prompts import rendering
@@ -18,12 +18,18 @@ from quantbatch.prompts.tokens import counting_tokenizer
 from quantbatch.spec import BatchRequests, Classify, Embed, Generate, Score
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from quantbatch.model.checkpoint import Checkpoint
     from quantbatch.spec import JobSpec
+    from quantbatch.storage import Store
 
 logger = logging.getLogger(__name__)
 
 BYTES = [bytes([byte]) for byte in range(256)]
+_NAME_BYTES, _PATH_BYTES, _KEY_BYTES = 255, 4095, 1024
+"""Longest name, and path, that disks take (Linux: NAME_MAX and PATH_MAX), and key on S3."""
+_LONGEST_NAME = "part-000000.errors.jsonl"
 MAX_AUTO_INPUT_TOKENS = 8192
 """Longest prompt that `max_input_tokens: auto` lets in: at 256 KiB a token, which is what a 32B
 model's cache takes, 8,192 tokens are 2 GiB of a card."""
@@ -96,6 +102,34 @@ def check_places(spec: JobSpec) -> None:
         if f"{root}/".startswith(f"{output}/"):
             raise Refused(
                 f"input.uri {uri} lies in the output {spec.output.uri}", "choose another output.uri"
+            )
+
+
+def check_folders(store: Store, folders: Iterable[str]) -> None:
+    """Refuse input whose key=value folders can't be folders of the output, before it is answered.
+
+    S3 takes names that disks don't.
+
+    Args:
+        store: The output.
+        folders: Such as `day=2026-01-01`.
+
+    Raises:
+        InputError: One is too long, or holds a NUL.
+    """
+    local = isinstance(store, storage.LocalStore)
+    for folder in folders:
+        key = f"{folder}/{_LONGEST_NAME}"
+        longest = max(len(part.encode()) for part in key.split("/"))
+        whole = len(f"{store.uri}/{key}".encode())
+        fits = longest <= _NAME_BYTES and whole <= _PATH_BYTES and "\0" not in key
+        if not (fits if local else whole <= _KEY_BYTES):
+            place = "a disk" if local else "S3"
+            raise InputError(
+                f"the folder {folder[:100]!r} of the input can't be one of the output"
+                f" {storage.redact(store.uri)}: {place} takes no name of {longest:,} bytes in a"
+                f" path of {whole:,}, and a disk no NUL",
+                "rename it; or give its files as a glob that begins below it",
             )
 
 

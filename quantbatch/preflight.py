@@ -132,6 +132,7 @@ def examine(spec: JobSpec, *, extend: bool = False) -> Job:
     fitting = sizing.fit(spec, checkpoint, max_input_tokens, card)
     ledger = Ledger.open(spec, checkpoint.digest)
     listed = first.listed if first else _listing(spec, ledger)
+    checks.check_folders(ledger.store, {file.folder for file in listed.files})
     plan, new = _whole_plan(spec, ledger, listed, extend=extend, fresh=first and first.plan)
     checks.check_columns(spec, plan, checkpoint)
     checks.warn_of_long_forms(spec, checkpoint)

@@ -25,7 +25,20 @@ class LocalStore:
 
     def _path(self, key: str) -> Path:
         path = Path(self.uri, key)
-        assert ".." not in path.parts, f"the key {key!r} leaves the store"
+        # Keys are made of names of strangers' folders, and of what a record names.
+        if key.startswith("/") or ".." in path.parts or "\0" in key:
+            raise StorageError(f"{self.uri}: {key[:200]!r} names nothing that can be in it")
+        return path
+
+    def _target(self, key: str) -> Path:
+        """Return the path of an object to write or remove: in this folder, whatever links say."""
+        path = self._path(key)
+        root, folder = os.path.realpath(self.uri), os.path.realpath(path.parent)
+        if folder != root and not folder.startswith(f"{root.rstrip('/')}/"):
+            raise StorageError(
+                f"{path.parent}: a link in it leads out of {self.uri}, to {folder}",
+                "put a folder in the link's place; the whole output may be a link",
+            )
         return path
 
     def read(self, key: str) -> bytes:
@@ -59,6 +72,10 @@ class LocalStore:
                     )
                 if entry.is_symlink() and not Path(entry.path).exists():
                     raise StorageError(f"{entry.path}: a link to nothing", "mend or remove it")
+                if entry.is_symlink() and _leads_back(folder, entry.path):
+                    raise StorageError(
+                        f"{entry.path}: a link to a folder that it lies in", "remove it"
+                    )
                 if entry.is_dir():
                     yield from self._walk(Path(entry.path), child)
                 else:
@@ -69,7 +86,7 @@ class LocalStore:
     def put(self, key: str, data: bytes) -> None:
         """See `Store`."""
         with explained(self.uri, writing=True), self._scratch(key, data) as scratch:
-            scratch.replace(self._path(key))
+            scratch.replace(self._target(key))
             _sync_folder(self._path(key).parent)
 
     def put_file(self, key: str, path: Path) -> None:
@@ -79,12 +96,12 @@ class LocalStore:
             path.open("rb") as source,
             self._scratch(key, source) as scratch,
         ):
-            scratch.replace(self._path(key))
+            scratch.replace(self._target(key))
             _sync_folder(self._path(key).parent)
 
     def take_file(self, key: str, path: Path) -> None:
         """See `Store`; the file becomes the object, without a copy."""
-        target = self._path(key)
+        target = self._target(key)
         with explained(self.uri, writing=True):
             target.parent.mkdir(parents=True, exist_ok=True)
             # Libraries make files that only their owner reads (safetensors 0.8); the object is for
@@ -99,20 +116,20 @@ class LocalStore:
         """See `Store`; a hard link fails if its name exists, on NFS too."""
         with explained(self.uri, writing=True):
             with contextlib.suppress(FileExistsError), self._scratch(key, data) as scratch:
-                os.link(scratch, self._path(key))
+                os.link(scratch, self._target(key))
                 _sync_folder(self._path(key).parent)
             return self._path(key).read_bytes()
 
     def delete(self, key: str) -> None:
         """See `Store`."""
         with explained(self.uri):
-            self._path(key).unlink(missing_ok=True)
+            self._target(key).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _scratch(self, key: str, source: bytes | IO[bytes]) -> Iterator[Path]:
         """Write a file that no reader looks at, down to the disk; it is gone afterwards."""
-        scratch = self._path(f"{PRIVATE}/scratch/{uuid.uuid4().hex}")
-        for folder in (scratch.parent, self._path(key).parent):
+        scratch = self._target(f"{PRIVATE}/scratch/{uuid.uuid4().hex}")
+        for folder in (scratch.parent, self._target(key).parent):
             folder.mkdir(parents=True, exist_ok=True)
         try:
             with scratch.open("xb") as file:
@@ -127,6 +144,10 @@ class LocalStore:
             yield scratch
         finally:
             scratch.unlink(missing_ok=True)
+
+
+def _leads_back(folder: Path, link: str) -> bool:
+    return f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(link).rstrip('/')}/")
 
 
 def _is_text(name: str) -> bool:
