@@ -124,6 +124,10 @@ def logit_bytes(config: Mapping[str, Any], rows: int, *, greedy: bool = False) -
 def reading_bytes(config: Mapping[str, Any]) -> int:
     """Return what scores take that rows want which only read, in the continuous engine: those of a
     step, and some of them in float32 twice, for their logsumexp.
+
+    Measured on a CPU as what torch allocates (a Llama of hidden size 256 with 150,000 words, steps
+    of 512 tokens): scored texts of 2,000 tokens 122 MiB in float32 and 116 in bfloat16, 45 labels
+    80 to 99, of 201 that this plans; vectors 8, which are planned as activations.
     """
     words = first_of(config, "vocab_size")
     scores = max(SCORE_BYTES, LEAST_SCORES * SCORE_ITEM_BYTES * words)
