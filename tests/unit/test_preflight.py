@@ -121,11 +121,42 @@ def test_new_folders_of_another_kind_are_refused(folder: Path) -> None:
         prepare(make_spec(folder), extend=True)
 
 
-def test_changed_input_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize("extend", [False, True])
+@pytest.mark.parametrize("changed", [1, 5])
+def test_files_that_changed_are_named_and_not_extended(
+    folder: Path, changed: int, extend: bool
+) -> None:
+    """Also where new files came: those are no way around it."""
+    for number in range(5):
+        write(folder / "in" / f"{number}.parquet", text=["x"] * 3, id=[1, 2, 3])
     frozen(make_spec(folder))
-    write(folder / "in" / "a.parquet", text=["x", "other"], id=[1, 2])
-    with pytest.raises(Refused, match=r"a\.parquet\) changed"):
-        prepare(make_spec(folder))
+    for number in range(changed):
+        write(folder / "in" / f"{number}.parquet", text=["another"] * 3, id=[1, 2, 3])
+    write(folder / "in" / "new.parquet", text=["z"], id=[4])
+    with pytest.raises(Refused) as caught:
+        prepare(make_spec(folder), extend=extend)
+    assert caught.value.exit_code == 3
+    named = {
+        1: "1 input file (0.parquet) changed since the job was planned",
+        5: "5 input files (0.parquet, 1.parquet, 2.parquet and 2 more) changed since the job was"
+        " planned",
+    }
+    assert caught.value.problem == named[changed]
+    assert "output.uri" in caught.value.hint
+
+
+def test_extend_adds_new_files_and_nothing_else(folder: Path) -> None:
+    spec = make_spec(folder, input={"uri": str(folder / "in"), "rows_per_chunk": 1})
+    frozen(spec)
+    before = prepare(spec)
+    write(folder / "in" / "0-comes-first.parquet", text=["z"] * 3, id=[3, 4, 5])
+    after = prepare(spec, extend=True)
+    assert after.new_generation is not None
+    assert set(after.new_generation.known_files) == {"0-comes-first.parquet"}
+    chunks = list(after.plan.each_chunk())
+    assert chunks[:2] == list(before.plan.each_chunk())
+    assert [(chunk.id, chunk.shard) for chunk in chunks] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 1)]
+    assert after.plan.shards[: len(before.plan.shards)] == before.plan.shards
 
 
 def test_a_mended_file_is_taken_up(folder: Path) -> None:
