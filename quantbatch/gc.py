@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantbatch.commits import Commit, commit_key, record_of
 from quantbatch.errors import InputError, JobError, SpecError
-from quantbatch.ledger import read_job, refuse_other_format
+from quantbatch.ledger import read_job
 from quantbatch.retries import Retries
 from quantbatch.storage import PRIVATE, open_store, redact, uploads
 
@@ -123,7 +123,6 @@ def tidy(uri: str, storage: Storage, *, older_than_s: float, dry_run: bool = Fal
     job = read_job(store)
     if job is None:
         raise InputError(f"{redact(store.uri)}: no job has begun here", "check the output's place")
-    refuse_other_format(store, job)
     done = Tidied(redact(store.uri), dry_run)
     clock = _Clock(store)
     going = [*_orphans(store, done), *_aged(store, clock, older_than_s, done)]

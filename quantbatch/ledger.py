@@ -37,6 +37,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+from pydantic import ValidationError
 
 from quantbatch.commits import (
     JOB,
@@ -51,6 +52,7 @@ from quantbatch.errors import Refused
 from quantbatch.plan import Plan
 from quantbatch.records import Counts, Receipt
 from quantbatch.retries import Retries
+from quantbatch.spec import JobSpec
 from quantbatch.storage import PRIVATE, open_store, redact
 
 if TYPE_CHECKING:
@@ -58,7 +60,6 @@ if TYPE_CHECKING:
 
     from quantbatch.plan import Shard
     from quantbatch.records import Chunk
-    from quantbatch.spec import JobSpec
     from quantbatch.storage import Store
 
 FORMAT = 2
@@ -80,7 +81,8 @@ class Ledger:
     store: Store
     spec: JobSpec
     identity: dict[str, Any]
-    """What decides the output: the spec's deciding fields and the model's digest."""
+    """What decides the output: the spec's deciding fields and the model's digest. Of a job that has
+    begun, as it was recorded then: its fingerprint stays, whatever fields a spec has since."""
     plan: Plan | None = None
     generations: int = 0
     commits: dict[int, Counts] = field(default_factory=dict)
@@ -102,6 +104,7 @@ class Ledger:
             _refuse_strangers(store)
             return ledger
         _refuse_other_job(store, job, ledger.identity)
+        ledger.identity = job["identity"]
         ledger._load_plan()
         if ledger.plan:
             ledger._load_progress(ledger.plan)
@@ -116,6 +119,7 @@ class Ledger:
         """
         job = json.loads(self.store.claim(JOB, to_json(self._job_record())))
         _refuse_other_job(self.store, job, self.identity)
+        self.identity = job["identity"]
         ours = plan.to_bytes()
         if self.store.claim(plan_key(self.generations), ours) != ours:
             return False
@@ -277,15 +281,11 @@ def _refuse_strangers(store: Store) -> None:
             )
 
 
-_FIELDS = {True: {"format", "identity", "spec"}, False: {"format"}}
-"""What the record of a job has, of this format and of another: who opens it tells the two apart."""
-
-
 def read_job(store: Store) -> dict[str, Any] | None:
     """Return the record of the job that has begun on an output; None if there is none.
 
     Raises:
-        Refused: It is damaged.
+        Refused: It is damaged, or of another format.
     """
     try:
         found = json.loads(store.read(JOB))
@@ -293,7 +293,9 @@ def read_job(store: Store) -> dict[str, Any] | None:
         return None
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not _FIELDS[found.get("format") == FORMAT] <= found.keys():
+    if isinstance(found, dict) and "format" in found:
+        refuse_other_format(store, found)
+    if not isinstance(found, dict) or not {"format", "identity", "spec"} <= found.keys():
         raise Refused(
             f"{redact(store.uri)}/{JOB} is damaged: it holds no record of a job",
             "restore it, or choose another output.uri and run the job again",
@@ -313,17 +315,29 @@ def refuse_other_format(store: Store, job: Mapping[str, Any]) -> None:
 def _refuse_other_job(store: Store, job: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     where = redact(store.uri)
     refuse_other_format(store, job)
-    fields = {**job["identity"], **identity}
+    before = _grown_identity(job)
     changed = [
-        f"{name} was {_beside(job['identity'].get(name), identity.get(name))}"
-        for name in fields
-        if job["identity"].get(name) != identity.get(name)
+        f"{name} was {_beside(before.get(name), identity.get(name))}"
+        for name in {**before, **identity}
+        if before.get(name) != identity.get(name)
     ]
     if changed:
         raise Refused(
             f"{where} belongs to another job: {'; '.join(changed)}",
             "undo the change to continue that job, or choose another output.uri for this one",
         )
+
+
+def _grown_identity(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides a job's output, with the fields that came after it began.
+
+    Their defaults stand for what was done before there were such fields.
+    """
+    known: dict[str, Any] = job["identity"]
+    try:
+        return JobSpec.model_validate(job["spec"]).deciding() | known
+    except ValidationError:  # a field of then is gone: what differs is told by the names of then
+        return known
 
 
 _SHOWN_CHARS = 80

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from quantbatch.errors import InputError
+from quantbatch.ledger import refuse_other_format
 from quantbatch.records import Counts
 from quantbatch.reread import InputRows, Unreadable
 from quantbatch.reread_lines import part_schema
@@ -98,6 +99,7 @@ def verify(spec: JobSpec) -> Verdict:
 
     Raises:
         InputError: There is no job on the output, or the input can't be listed.
+        Refused: The output's records are of another format.
         StorageError: A store can't be reached.
     """
     store = open_store(spec.output.uri, spec.output.storage)
@@ -144,6 +146,8 @@ def _claims(store: Store, problems: Problems) -> Claims:
             f"{redact(store.uri)}: no job has begun here",
             "quantbatch run begins it; check output.uri if it has run",
         )
+    if "format" in job:
+        refuse_other_format(store, job)
     fingerprint = str(job.get("fingerprint"))
     published: dict[str, int] = {}
     for info in store.list(f"{PRIVATE}/shards"):
