@@ -16,8 +16,10 @@ of the attempts that were committed, and none of its rows was answered again sin
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
     from quantbatch.spec import JobSpec
     from quantbatch.storage import Store
+
+READS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -150,10 +154,12 @@ def _claims(store: Store, problems: Problems) -> Claims:
         refuse_other_format(store, job)
     fingerprint = str(job.get("fingerprint"))
     published: dict[str, int] = {}
-    for info in store.list(f"{PRIVATE}/shards"):
-        shard = _document(store, info.key, problems) or {}
-        if counts := _counts(shard, info.key, problems):
-            published[str(shard.get("key"))] = counts.rows
+    keys = [info.key for info in store.list(f"{PRIVATE}/shards")]
+    with ThreadPoolExecutor(READS_AT_ONCE, "records") as pool:
+        read = functools.partial(_document, store, problems=problems)
+        for key, shard in zip(keys, pool.map(read, keys), strict=True):
+            if counts := _counts(shard or {}, key, problems):
+                published[str((shard or {}).get("key"))] = counts.rows
     success = _document(store, "_SUCCESS", problems)
     if success is None:
         return Claims(False, published, None, fingerprint)
