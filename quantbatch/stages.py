@@ -162,7 +162,7 @@ def _resumable(error: JobError) -> JobError:
 
 @lru_cache(maxsize=4)
 def _store(job: ReadJob) -> Store:
-    return open_store(job.root, job.spec.input.storage)
+    return open_store(job.root, job.spec.input.storage, known=True)
 
 
 @lru_cache(maxsize=4)

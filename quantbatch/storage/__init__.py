@@ -1,19 +1,26 @@
 """The only door to a file system.
 
 A `Store` is one folder, local or on S3, and reaches everything under it by keys with forward
-slashes. It promises three things, which the ledger needs and `probe` checks (they are those of
-Delta's log store):
+slashes. What a store must guarantee, which `probe` checks as far as can be seen from outside (it is
+what Delta's log store asks for):
 
 1. `put` is atomic: a reader sees the whole new object or what was there before.
-2. `claim` writes a key only if it does not exist, and says what the key holds afterwards. It never
-   says "you won" or "you lost": when the answer to a conditional put gets lost, boto3, s3fs and
-   obstore all report their own success as "already exists" (measured). Callers put an attempt id in
-   what they claim and compare it with what is there.
-3. `list` shows what was put before.
+2. Of many conditional puts of one small object one wins, and none replaces what is there: If-None-
+   Match on PutObject, or a hard link. (Ceph 16 ignores it where an upload in parts ends, and
+   answers 412 to every If-Match: neither is asked for.)
+3. What was put is read and listed from then on, by everybody.
+
+No rename, no lock, no clock and no second kind of condition is needed.
+
+What we do when an answer is lost, so that nobody knows what was done: calls that may be done twice
+are done again (`patience` tells how long, `requests` which). A claim never says "you won" or "you
+lost": boto3, s3fs and obstore all report their own success as "already exists" when they ask again
+(measured). It says what the key holds afterwards; callers put an attempt id in what they claim, and
+compare. Nothing is ever deleted because a call failed: it may yet take effect.
 
 Nothing is streamed to a store from a `with open(...)` block: s3fs commits the partial object when
 an exception passes through (measured). Objects are built in memory or in a local scratch file and
-put once.
+put once; an upload in parts is seen when it is complete, or never.
 """
 
 from __future__ import annotations
@@ -53,12 +60,18 @@ __all__ = [
 ]
 
 
-def open_store(uri: str, storage: Storage) -> Store:
-    """Return the store at a local path, file:// or s3:// URI; opens no connection."""
+def open_store(uri: str, storage: Storage, *, known: bool = False) -> Store:
+    """Return the store at a local path, file:// or s3:// URI; opens no connection.
+
+    Args:
+        uri: Where.
+        storage: How to reach it, if it is S3.
+        known: Whether this job has been answered by it, so that silence is an outage.
+    """
     if uri.startswith("s3:"):
         if not re.match(r"s3://[^/]", uri):
             raise StorageError(f"{uri}: names no bucket", "write s3://bucket/prefix")
-        return S3Store(uri.rstrip("/"), storage)
+        return S3Store(uri.rstrip("/"), storage, known)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
     if scheme and scheme[1] != "file":
         raise StorageError(
@@ -75,18 +88,27 @@ def open_store(uri: str, storage: Storage) -> Store:
 def probe(store: Store) -> None:
     """Refuse a store that can't be written to or that breaks the promises of this module.
 
+    Six calls on S3; two if it refuses us.
+
     Raises:
         StorageError: The store can't be written.
-        Refused: A second claim of a key replaced the first.
+        Refused: A second claim of a key replaced the first, or what was claimed is not listed.
     """
-    key = f"{PRIVATE}/probe/{uuid.uuid4().hex}"
+    folder = f"{PRIVATE}/probe/{uuid.uuid4().hex}"
+    key = f"{folder}/claim"
     first = store.claim(key, b"first")
     second = store.claim(key, b"second")
+    listed = [(info.key, info.size) for info in store.list(folder)]
     store.delete(key)
     if (first, second) != (b"first", b"first"):
         raise Refused(
             f"{redact(store.uri)}: the store replaced an object that a conditional put must keep",
             "an output needs a store that honours If-None-Match, as AWS S3 and local disks do",
+        )
+    if listed != [(key, len(first))]:
+        raise Refused(
+            f"{redact(store.uri)}: the store does not list what was just put",
+            "an output needs a store whose listings are consistent, as AWS S3 and local disks are",
         )
 
 

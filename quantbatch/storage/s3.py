@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -12,13 +12,22 @@ from typing_extensions import override
 
 from quantbatch.errors import StorageError
 from quantbatch.storage.contract import FileInfo
-from quantbatch.storage.trouble import explained, redact
+from quantbatch.storage.patience import Patience
+from quantbatch.storage.trouble import code_of, explained, redact
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from quantbatch.spec import Storage
+
+
+PART_BYTES = 50 << 20
+"""Of an upload in parts, which larger objects than two of these are."""
+PARTS_AT_ONCE = 4
+"""Parts of an upload that are in memory and on their way: s3fs's 10 would hold 500 MB."""
+UPLOADS = 10
+"""Of one object in parts, if the answer to each last call is lost: more than bad luck."""
 
 
 @dataclass(frozen=True)
@@ -27,26 +36,26 @@ class S3Store:
 
     uri: str
     storage: Storage
+    known: bool = field(default=False, compare=False)
+    """Whether it has answered before. An address that never has is given up soon."""
+    patience: Patience = field(default=Patience(), compare=False)
 
     @cached_property
     def _fs(self) -> Any:  # noqa: ANN401 - s3fs ships no types
-        import s3fs  # half a second, and only jobs on S3 need it
+        # Half a second, and only jobs on S3 need it.
+        from quantbatch.storage.requests import PatientS3
 
-        region = {"region_name": self.storage.region} if self.storage.region else {}
-        return s3fs.S3FileSystem(
-            anon=self.storage.anonymous,
-            endpoint_url=self.storage.endpoint_url,
-            client_kwargs=region,
-            # A store that hangs must become an error: botocore waits 60 s for a connection by
-            # default.
-            config_kwargs={"connect_timeout": 5, "read_timeout": 60},
-            use_listings_cache=False,
-            skip_instance_cache=True,
-        )
+        return PatientS3(self.storage, self.patience, known=self.known)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {"uri": self.uri, "storage": self.storage}
+        # It goes to other processes of a job that has found it to be there.
+        return {
+            "uri": self.uri,
+            "storage": self.storage,
+            "patience": self.patience,
+            "known": True,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -57,7 +66,8 @@ class S3Store:
     def read(self, key: str) -> bytes:
         """See `Store`."""
         with explained(self.uri):
-            data: bytes = self._fs.cat_file(self._path(key))
+            # At once: else s3fs asks for the size first, to see whether it needs parts of 50 MB.
+            data: bytes = self._fs.cat_file(self._path(key), max_concurrency=1)
             return data
 
     def open(self, key: str, *, sequential: bool = False) -> IO[bytes]:
@@ -94,13 +104,28 @@ class S3Store:
     def put(self, key: str, data: bytes) -> None:
         """See `Store`."""
         with explained(self.uri):
-            self._fs.pipe_file(self._path(key), data)
+            self._upload(lambda: self._fs.pipe_file(self._path(key), data, **_in_parts(len(data))))
 
     def put_file(self, key: str, path: Path) -> None:
         """See `Store`."""
         with explained(self.uri):
-            # In parts of 50 MB, put together at the end: nothing of a broken upload is seen.
-            self._fs.put_file(str(path), self._path(key))
+            parts = _in_parts(path.stat().st_size)
+            self._upload(lambda: self._fs.put_file(str(path), self._path(key), **parts))
+
+    def _upload(self, whole: Callable[[], None]) -> None:
+        """Do an upload, again from its beginning if the store knows nothing of its parts.
+
+        So a store says when it did put them together, and its answer was lost: to ask again then
+        finds no parts. (AWS remembers for a while, and says that all is well.)
+        """
+        for left in reversed(range(UPLOADS)):
+            try:
+                whole()
+            except FileNotFoundError as error:
+                if code_of(error) != "NoSuchUpload" or not left:
+                    raise
+            else:
+                return
 
     def take_file(self, key: str, path: Path) -> None:
         """See `Store`."""
@@ -110,25 +135,30 @@ class S3Store:
     def claim(self, key: str, data: bytes) -> bytes:
         """See `Store`."""
         with explained(self.uri):
-            failure: Exception | None = None
+            failure: OSError | None = None
             try:
                 self._fs.pipe_file(self._path(key), data, mode="create")
             except OSError as error:
                 # Whatever it says, the object may be there: Ceph answers 412 as OSError, not
                 # FileExistsError, and a lost answer looks like a loss. What is there decides.
                 failure = error
-            try:
-                found: bytes = self._fs.cat_file(self._path(key))
-            except FileNotFoundError:
-                raise failure or StorageError(
-                    f"{redact(self.uri)}/{key}: written, then not found"
-                ) from failure
-            return found
+            with contextlib.suppress(FileNotFoundError):
+                found: bytes = self._fs.cat_file(self._path(key), max_concurrency=1)
+                return found
+            raise failure or StorageError(f"{redact(self.uri)}/{key}: written, then not found")
 
     def delete(self, key: str) -> None:
         """See `Store`."""
         with explained(self.uri), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(key))
+
+
+def _in_parts(nbytes: int) -> dict[str, int]:
+    """Return s3fs's options for an upload; S3 takes 10,000 parts."""
+    return {
+        "chunksize": max(PART_BYTES, -(-nbytes // 10_000)),
+        "max_concurrency": PARTS_AT_ONCE,
+    }
 
 
 class _ExplainedReads(io.RawIOBase):

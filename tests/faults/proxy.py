@@ -168,12 +168,14 @@ class FaultProxy:
         contains: str = "",
         times: int | None = None,
         probability: float = 1.0,
-    ) -> None:
-        """Add a rule."""
+    ) -> Rule:
+        """Add a rule and return it; set its `times` to 0 to end it."""
         known = {name for part in get_args(Kind) for name in (get_args(part) or [part])}
         assert kind in known, kind
+        rule = Rule(kind, operation, contains, times, probability)
         with self._lock:
-            self.rules.append(Rule(kind, operation, contains, times, probability))
+            self.rules.append(rule)
+        return rule
 
     def clear(self) -> None:
         """Forget the rules and the calls."""
@@ -213,19 +215,16 @@ class FaultProxy:
         self.endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         ready.set()
         loop.run_forever()
-        server.close()
-        left = asyncio.all_tasks(loop)
-        for task in left:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(_wind_up(server))
         loop.close()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # Whatever happens between two ends that come and go is theirs.
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        try:
             await self._handle(reader, writer)
-        writer.transport.abort()
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # ends come and go, and so does the proxy
+        finally:
+            writer.transport.abort()
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one request; the connection ends with it."""
@@ -277,6 +276,17 @@ class FaultProxy:
             return await reader.read()
         finally:
             writer.close()
+
+
+async def _wind_up(server: asyncio.Server) -> None:
+    """End what is under way, also what was accepted just now."""
+    server.close()
+    for _ in range(3):
+        await asyncio.sleep(0.02)
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
 
 class _Request(NamedTuple):

@@ -39,7 +39,9 @@ def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "AWS_EC2_METADATA_DISABLED": "true",
     }
     endpoint = f"http://127.0.0.1:{port}"
-    with pytest.MonkeyPatch.context() as patch, process(command, log, dict(os.environ)):
+    # Lists in pages and uploads in parts of a size that tests reach.
+    sizes = {"MOTO_S3_DEFAULT_MAX_KEYS": "20", "S3_UPLOAD_PART_MIN_SIZE": "1000"}
+    with pytest.MonkeyPatch.context() as patch, process(command, log, os.environ | sizes):
         for name, value in credentials.items():
             patch.setenv(name, value)
         wait_for(lambda: answers(endpoint), timeout_s=60, what="moto")

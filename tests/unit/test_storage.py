@@ -185,7 +185,7 @@ class DeniedBucket:
         self.calls += 1
         raise PermissionError("Access Denied")
 
-    def cat_file(self, _: str) -> bytes:
+    def cat_file(self, *_: object, **__: object) -> bytes:
         self.calls += 1
         raise PermissionError("Access Denied")
 
