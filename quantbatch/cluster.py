@@ -6,19 +6,17 @@ import contextlib
 import logging
 import math
 import os
-import signal
 import socket
 import sys
-import threading
 import warnings
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 import ray.data
 import ray.exceptions
 from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
+from typing_extensions import override
 
 from quantbatch.errors import ClusterError, JobError, Stopped
 
@@ -35,6 +33,8 @@ COMMITS_AT_ONCE = 8
 _SETTINGS: dict[str, Any] = {
     # Every row becomes a block of its own and goes on at once: a chunk never waits for another.
     "target_max_block_size": 1,
+    # A chunk that is lost with its process is dropped, and comes again in the next round.
+    "max_errored_blocks": -1,
     # Ray fails a job without output for 30 minutes; a chunk of long answers may take longer.
     "execution_no_progress_timeout_s": -1,
     "enable_progress_bars": False,
@@ -51,31 +51,22 @@ LIGHT_TASK_CPUS = 1.0
 """CPU cores that readers need beside replicas on CPUs; at least one reader must have room."""
 
 
-@dataclass
-class Session:
-    """A run's time on a cluster."""
-
-    device: str
-    """What replicas work on: `cuda` or `cpu`."""
-    stopped_by: str = ""
-    """Name of the signal that ended the run."""
-
-    def stopped(self) -> Stopped:
-        """Return the error that ends a stopped run."""
-        return Stopped(f"stopped by {self.stopped_by}", "the same command continues the job")
-
-    def check(self) -> None:
-        """Raise if the run was stopped: an exception from a signal handler can get lost.
-
-        Python drops it when the signal comes while it runs a destructor or a callback from C.
-        """
-        if self.stopped_by:
-            raise self.stopped()
+DEATHS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.LocalRayletDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.RaySystemError,
+)
+"""What Ray raises when a process, a node or what they held is gone."""
+_DROPS = logging.getLogger("ray.data._internal.execution.streaming_executor_state")
 
 
 @contextlib.contextmanager
-def connected(cluster: Cluster) -> Iterator[Session]:
-    """Join or start a Ray cluster for the time of a run, and let SIGTERM end the run.
+def connected(cluster: Cluster) -> Iterator[str]:
+    """Join or start a Ray cluster for the time of a run; yield what replicas work on.
 
     A cluster that was there before, such as the caller's own, is left running.
 
@@ -83,9 +74,9 @@ def connected(cluster: Cluster) -> Iterator[Session]:
         ClusterError: No cluster answers, or it lacks what the job needs.
     """
     with joined(cluster):
-        session = Session(_device(cluster))
-        with _settings(), _stopped_by_sigterm(session):
-            yield session
+        device = _device(cluster)
+        with _settings():
+            yield device
 
 
 @contextlib.contextmanager
@@ -168,6 +159,8 @@ def _settings() -> Iterator[None]:
         with warnings.catch_warnings():
             # Retries of actors have no other way in: ray < 2.64 in pyproject.toml is for this.
             warnings.simplefilter("ignore", RayDeprecationWarning)
+            # A round whose chunks all died has nothing to commit.
+            warnings.filterwarnings("ignore", "The minimum number of concurrent actors")
             yield
     finally:
         log.setLevel(level)
@@ -222,37 +215,43 @@ def card_names(cluster: Cluster) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+def most_replicas(cluster: Cluster) -> int:
+    """Return how many replicas there may be at once."""
+    return cluster.replicas if isinstance(cluster.replicas, int) else cluster.replicas.max
+
+
 def reader_options(spec: JobSpec, device: str) -> dict[str, Any]:
     """Return the arguments of `map_batches` for the pool of readers.
 
     They are actors because each loads a tokenizer, which takes seconds; tasks would do so in every
     process that they come to. One for each replica is plenty: it renders 20,000 short rows/s.
     """
-    replicas = spec.cluster.replicas
-    most = replicas if isinstance(replicas, int) else replicas.max
+    most = most_replicas(spec.cluster)
     taken = 0.0 if device == "cuda" else most * spec.cluster.cpus_per_replica
     spare = ray.cluster_resources().get("CPU", 1.0) - taken
     size = max(1, min(most, int(spare)))
     return {
         **_ONE_CHUNK,
-        **_restarts(spec),
+        **_restarts(),
         "num_cpus": READER_CPUS,
         "compute": ActorPoolStrategy(size=size),
     }
 
 
-def committer_options(spec: JobSpec) -> dict[str, Any]:
+def committer_options() -> dict[str, Any]:
     """Return the arguments of `map_batches` for the process that commits, in several threads."""
     pool = ActorPoolStrategy(
         size=1, max_concurrent_calls_per_actor=COMMITS_AT_ONCE, enable_true_multi_threading=True
     )
     # It asks for no CPU: what makes work count must never wait behind what makes work.
-    return {**_ONE_CHUNK, **_restarts(spec), "num_cpus": 0, "compute": pool}
+    return {**_ONE_CHUNK, **_restarts(), "num_cpus": 0, "compute": pool}
 
 
-def _restarts(spec: JobSpec) -> dict[str, Any]:
-    """Return how often a process is started again: always; and a chunk tried that it died under."""
-    return {"max_restarts": -1, "max_task_retries": spec.limits.attempts - 1}
+def _restarts() -> dict[str, Any]:
+    """Return how often a process is started again: always, until the gate says otherwise; and a
+    chunk tried that it died under: never, since the next round does it.
+    """
+    return {"max_restarts": -1, "max_task_retries": 0}
 
 
 def chunks_in_flight(cluster: Cluster, *, chunks: int, rows: int) -> int:
@@ -265,7 +264,7 @@ def chunks_in_flight(cluster: Cluster, *, chunks: int, rows: int) -> int:
     """
     if cluster.chunks_in_flight != "auto":
         return cluster.chunks_in_flight
-    replicas = cluster.replicas if isinstance(cluster.replicas, int) else cluster.replicas.max
+    replicas = most_replicas(cluster)
     holding_enough = math.ceil(ROWS_IN_FLIGHT * chunks / max(rows, 1))
     half_a_share = math.ceil(chunks / replicas) // 2
     return max(2, min(holding_enough, half_a_share, MOST_CHUNKS_IN_FLIGHT))
@@ -273,9 +272,7 @@ def chunks_in_flight(cluster: Cluster, *, chunks: int, rows: int) -> int:
 
 def replica_options(spec: JobSpec, device: str, in_flight: int) -> dict[str, Any]:
     """Return the arguments of `map_batches` for the pool of replicas."""
-    cluster = spec.cluster
-    on_gpu = device == "cuda"
-    replicas = cluster.replicas
+    replicas = spec.cluster.replicas
     size = (
         {"size": replicas}
         if isinstance(replicas, int)
@@ -286,16 +283,22 @@ def replica_options(spec: JobSpec, device: str, in_flight: int) -> dict[str, Any
     )
     return {
         **_ONE_CHUNK,
-        "num_gpus": cluster.gpus_per_replica if on_gpu else None,
-        # A replica on a card leaves the cores to the tasks that feed it.
-        "num_cpus": 0 if on_gpu else cluster.cpus_per_replica,
+        **replica_needs(spec, device),
         "compute": ActorPoolStrategy(
             **size,
             max_tasks_in_flight_per_actor=in_flight,
             max_concurrent_calls_per_actor=in_flight,
         ),
-        **_restarts(spec),
+        **_restarts(),
     }
+
+
+def replica_needs(spec: JobSpec, device: str) -> dict[str, Any]:
+    """Return what a replica takes of a node."""
+    if device == "cuda":
+        # A replica on a card leaves the cores to the tasks that feed it.
+        return {"num_gpus": spec.cluster.gpus_per_replica, "num_cpus": 0}
+    return {"num_cpus": spec.cluster.cpus_per_replica}
 
 
 def run_once(spec: JobSpec, device: str, function: Callable[[], T]) -> T:
@@ -304,14 +307,9 @@ def run_once(spec: JobSpec, device: str, function: Callable[[], T]) -> T:
     Raises:
         JobError: The function raised it.
     """
-    on_gpu = device == "cuda"
-    needs = {
-        "num_gpus": spec.cluster.gpus_per_replica if on_gpu else 0,
-        "num_cpus": 0 if on_gpu else spec.cluster.cpus_per_replica,
-        "max_retries": 0,
-    }
+    needs = replica_needs(spec, device)
     try:
-        found: T = ray.get(ray.remote(**needs)(_call).remote(function))
+        found: T = ray.get(ray.remote(**needs, max_retries=0)(_call).remote(function))
         return found
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, JobError):
@@ -324,45 +322,55 @@ def _call(function: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def explained(spec: JobSpec) -> Iterator[None]:
-    """Turn the ways in which a run on Ray can break down into an error that says so."""
+def explained() -> Iterator[None]:
+    """Turn the ways in which work on Ray can break down into an error that says so."""
     try:
         yield
-    except ray.exceptions.RayActorError as error:
-        times = spec.limits.attempts
+    except DEATHS as error:
         raise Stopped(
-            f"a process of the job died {times} times under the same chunk: {_first_line(error)}",
-            "often the machine's memory; the same command continues with the chunks that are left",
-        ) from error
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-        raise Stopped(
-            f"a worker process died: {_first_line(error)}", "the same command continues the job"
-        ) from error
-    except ray.exceptions.RaySystemError as error:
-        raise Stopped(
-            f"Ray failed: {_first_line(error)}", "the same command continues the job"
+            f"a process of the job died: {first_line(error)}",
+            "often the machine's memory; the same command continues",
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+class Dropped(logging.Filter):
+    """Notes why chunks got lost in a round; Ray only logs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cause = ""
+        """The latest, in a line."""
+        self._fault: BaseException | None = None
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Take from Ray's log what is noted here."""
+        _DROPS.addFilter(self)
+        try:
+            yield
+        finally:
+            _DROPS.removeFilter(self)
+
+    @override
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None:
+            self.note(error)
+        return error is None
+
+    def note(self, error: BaseException) -> None:
+        """Note an error that came otherwise."""
+        if isinstance(error, DEATHS):
+            self.cause = first_line(error)
+        else:
+            self._fault = error
+
+    def raise_fault(self) -> None:
+        """Raise what is no death: our stages raise nothing, so it is a fault of ours."""
+        if self._fault:
+            raise self._fault
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an exception of Ray's says."""
     return str(error).strip().split("\n", 1)[0]
-
-
-@contextlib.contextmanager
-def _stopped_by_sigterm(session: Session) -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does; what is committed stays, the rest is done again."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> NoReturn:
-        del frame
-        session.stopped_by = signal.Signals(number).name
-        raise session.stopped()
-
-    # After ray.init, which sets handlers of its own.
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

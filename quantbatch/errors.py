@@ -14,7 +14,8 @@
 
 Exit codes: 0 done; 1 done with more errors than allowed, or with input that could not be read; 2
 bad spec, input or surroundings; 3 refused; 70 a fault of quantbatch itself (EX_SOFTWARE of
-sysexits.h); 75 stopped and resumable (EX_TEMPFAIL); 130 Ctrl-C.
+sysexits.h); 75 stopped, also by SIGTERM or Ctrl-C, and resumable (EX_TEMPFAIL); 130 Ctrl-C before
+the work began.
 """
 
 from __future__ import annotations

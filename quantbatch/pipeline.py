@@ -1,41 +1,37 @@
 """START READING HERE: `run` is the whole job, and reads as what it does.
 
 Around it: `preflight.py` finds out all that can be refused before a GPU is asked for; `ledger.py`
-says what is done and makes it count; `stages.py` and `replica.py` are what happens to a chunk, in
-Ray's processes; `cluster.py` is all that we ask of Ray itself.
+says what is done and makes it count; `rounds.py` sends the chunks that are left through Ray until
+none is; `stages.py` and `replica.py` are what happens to a chunk there, in Ray's processes;
+`cluster.py` is all that we ask of Ray itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Self
 
-import ray.data
-
-from quantbatch import cluster, stages
+from quantbatch import cluster
 from quantbatch.answers import packs
 from quantbatch.commits import publish_shard
-from quantbatch.errors import Stopped, StorageError, in_the_end
+from quantbatch.draining import Drain
+from quantbatch.errors import Stopped, StorageError
 from quantbatch.preflight import Job, prepare, require_fit
 from quantbatch.progress import Silent
-from quantbatch.replica import Replica
 from quantbatch.report import Outcome, RunFigures, RunReport
+from quantbatch.rounds import Rounds
 from quantbatch.storage import probe, redact
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator, Iterable
     from concurrent.futures import Future
 
     from quantbatch.commits import Published
     from quantbatch.plan import Plan, Shard
     from quantbatch.progress import Progress
-    from quantbatch.records import Receipt
+    from quantbatch.records import Chunk, Receipt
     from quantbatch.spec import JobSpec
-
-MAX_INPUT_BLOCKS = 2000
-"""Blocks in which Ray gets the chunk list. Each costs 1.7 ms before the first chunk runs (measured
-on Ray 2.60), so in a big job a block holds many chunks; a reader hands them on one by one."""
 
 PUBLISHED_AT_ONCE = 2
 """Shards that are published at the same time: one is read while the other is written."""
@@ -73,8 +69,7 @@ def run(spec: JobSpec, *, extend: bool = False, progress: Progress | None = None
                 )  # a rival's was first: look again
         publisher = held.enter_context(Publisher(job))
         publisher.publish(*job.ledger.unpublished())
-        todo = Todo(stages.to_items(job.ledger.undone()), job.plan.rows - job.ledger.counts.rows)
-        found = receipts(job, todo, figures, progress)
+        found = receipts(job, job.ledger.undone, figures, progress)
         for receipt in held.enter_context(contextlib.closing(found)):
             publisher.publish(*job.ledger.record(receipt))
             progress.committed(receipt, figures)
@@ -93,63 +88,32 @@ def _claim(job: Job, plan: Plan) -> bool:
     return job.ledger.freeze(plan)
 
 
-class Todo(NamedTuple):
-    """What goes through Ray."""
+def receipts(
+    job: Job, undone: Callable[[], Iterable[Chunk]], figures: RunFigures, progress: Progress
+) -> Generator[Receipt]:
+    """Have chunks answered on a cluster; yield what became of each, once it is committed.
 
-    items: list[dict[str, str]]
-    """Chunks, see `stages.to_items`."""
-    rows: int
-    """Rows of all of them."""
-
-
-def receipts(job: Job, todo: Todo, figures: RunFigures, progress: Progress) -> Generator[Receipt]:
-    """Send chunks through Ray; yield what became of each, once it is committed.
+    Args:
+        job: The job.
+        undone: Returns the chunks that are not committed, whenever it is called.
+        figures: Of the run.
+        progress: Told what happens.
 
     Raises:
         JobError: A chunk could not be answered, for a reason that concerns the job.
     """
-    if not todo.items:
+    if next(iter(undone()), None) is None:
         return
-    with cluster.connected(job.spec.cluster) as session:
+    drain = Drain(job.spec.limits.drain_s, progress.stopping)
+    with cluster.connected(job.spec.cluster) as device, drain.listening():
         figures.cluster_s = figures.elapsed_s
         require_fit(job, cluster.card_names(job.spec.cluster))
-        progress.started(session.device)
-        dataset = _dataset(job, todo, session.device)
-        with cluster.explained(job.spec):
-            for block in dataset.iter_batches(
-                batch_size=None, batch_format="pyarrow", prefetch_batches=0
-            ):
-                session.check()
-                for receipt in stages.receipts(block):
-                    if receipt.trouble:
-                        raise in_the_end(*receipt.trouble)
-                    job.unreadable.update(receipt.unreadable)
-                    figures.record(receipt)
-                    yield receipt
-
-
-def _dataset(job: Job, todo: Todo, device: str) -> ray.data.Dataset:
-    """Describe the way of a chunk: read and rendered, answered, committed."""
-    items, rows = todo
-    in_flight = cluster.chunks_in_flight(job.spec.cluster, chunks=len(items), rows=rows)
-    return (
-        ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
-        .map_batches(
-            stages.Reader,
-            fn_constructor_args=[job.read_job],
-            **cluster.reader_options(job.spec, device),
-        )
-        .map_batches(
-            Replica,
-            fn_constructor_args=[job.replica_job(device)],
-            **cluster.replica_options(job.spec, device, in_flight),
-        )
-        .map_batches(
-            stages.Committer,
-            fn_constructor_args=[job.ledger.store, job.target],
-            **cluster.committer_options(job.spec),
-        )
-    )
+        progress.started(device)
+        with cluster.explained():
+            for receipt in Rounds(job, undone, device=device, drain=drain).receipts():
+                job.unreadable.update(receipt.unreadable)
+                figures.record(receipt)
+                yield receipt
 
 
 class Publisher:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantbatch.checks import check_weight_cache
 from quantbatch.documents import describe_model
+from quantbatch.draining import Drain
 from quantbatch.errors import JobError, SpecError
 from quantbatch.preflight import settled
 from quantbatch.sample import best_device
@@ -56,10 +57,10 @@ def _fill_here(spec: JobSpec, say: Callable[[str], None]) -> dict[str, Any]:
 def _fill_there(spec: JobSpec, say: Callable[[str], None]) -> dict[str, Any]:
     from quantbatch import cluster
 
-    with cluster.connected(spec.cluster) as session, cluster.explained(spec):
-        say(f"the model is quantized on the cluster, on {session.device}")
-        there = partial(_fill, spec, session.device, str(Path.cwd()))
-        return cluster.run_once(spec, session.device, there)
+    with cluster.connected(spec.cluster) as device, Drain().listening(), cluster.explained():
+        say(f"the model is quantized on the cluster, on {device}")
+        there = partial(_fill, spec, device, str(Path.cwd()))
+        return cluster.run_once(spec, device, there)
 
 
 def _fill(spec: JobSpec, device: str, folder: str) -> dict[str, Any]:

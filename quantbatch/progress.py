@@ -54,6 +54,10 @@ class Progress(Protocol):
         """A chunk is committed."""
         ...
 
+    def stopping(self, name: str) -> None:
+        """A signal came: chunks under way may finish; told from another thread."""
+        ...
+
 
 class Silent:
     """Says nothing."""
@@ -65,6 +69,9 @@ class Silent:
         """See `Progress`."""
 
     def committed(self, receipt: Receipt, figures: RunFigures) -> None:
+        """See `Progress`."""
+
+    def stopping(self, name: str) -> None:
         """See `Progress`."""
 
 
@@ -96,6 +103,8 @@ class _Course:
     def __init__(self) -> None:
         self.job: Job | None = None
         self.doing = "planning"
+        self.stopping = ""
+        """What is said of a run that was told to stop."""
         self.figures: RunFigures | None = None
         self._rows = 0
         self._rows_before = 0
@@ -202,17 +211,24 @@ class Live:
         del receipt
         self._course.committed(figures)
 
+    def stopping(self, name: str) -> None:
+        """See `Progress`."""
+        self._course.stopping = f"{name}: finishing what is under way; again ends at once"
+        self._display.refresh()
+
     def _drawn(self) -> RenderableType:
         course = self._course
         now = course.standing()
         if now is None or course.figures is None:
             bar = ProgressBar(total=None, width=BAR_WIDTH)  # a pulse
-            return _side_by_side(bar, Text(course.doing))
+            return _side_by_side(bar, Text(course.stopping or course.doing))
         bar = ProgressBar(total=now.rows, completed=now.rows_done, width=BAR_WIDTH)
         share = now.rows_done / now.rows if now.rows else 1.0
         left = f"{_clock(now.eta_s)} left" if now.eta_s else ""
         head = f"{now.rows_done:,} of {now.rows:,} rows  {share:.0%}  {left}"
-        return Group(_side_by_side(bar, Text(head)), Text(_details(now), style="dim"))
+        return Group(
+            _side_by_side(bar, Text(head)), Text(course.stopping or _details(now), style="dim")
+        )
 
 
 def _side_by_side(bar: ProgressBar, text: Text) -> Table:
@@ -283,6 +299,10 @@ class JsonLines:
             self._write("first_commit")
         elif time.monotonic() - self._written >= self._every_s:
             self._write("progress")
+
+    def stopping(self, name: str) -> None:
+        """See `Progress`."""
+        self._write("stopping", signal=name)
 
     def _write(self, event: str, **facts: Any) -> None:  # noqa: ANN401 - any JSON value
         self._written = time.monotonic()

@@ -93,6 +93,36 @@ class Again(NamedTuple):
     """Places of the rows within the chunk, in order."""
 
 
+class Blame(NamedTuple):
+    """Rows that become error rows because their process died of them, see `suspects`."""
+
+    low: int
+    high: int
+    """The first row that is not among them; places count among the rows that are answered."""
+    kind: str
+    """Their `error_type`."""
+    message: str
+    unread: bool = False
+    """Whether it was reading them that killed: they are not even read."""
+
+
+class Trial(NamedTuple):
+    """An attempt that a chunk makes alone, to find the rows that kill, see `suspects`."""
+
+    low: int
+    high: int
+    """The rows that are answered are from `low` to before this one."""
+    blamed: tuple[Blame, ...]
+    """Rows that are left out, and become error rows if the attempt commits."""
+    rows: int
+    """Rows of the chunk."""
+
+    @property
+    def commits(self) -> bool:
+        """Whether it is an attempt with all rows, whose result counts."""
+        return self.high - self.low == self.rows
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """The unit of scheduling, retry, commit and resume: rows of one shard, in input order."""
@@ -102,6 +132,8 @@ class Chunk:
     slices: tuple[Slice, ...]
     again: Again | None = None
     """Which rows are answered, if not all."""
+    trial: Trial | None = None
+    """Which of them an attempt is made with, if not all."""
 
     @property
     def rows(self) -> int:
@@ -334,6 +366,8 @@ class Receipt:
     counts: Counts = field(default_factory=Counts)
     trouble: Trouble | None = None
     """Why the chunk is not committed: it concerns the job, not the chunk, and ends the run."""
+    committed: bool = True
+    """Not if the run takes no more chunks, or if only some of the rows were tried."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Files whose rows could not be read, with the reason; they are error rows."""
     replica: ReplicaStats = field(default_factory=ReplicaStats)

@@ -18,7 +18,9 @@ from quantbatch.answers.cache import AnswerCache
 from quantbatch.answers.keys import Keys
 from quantbatch.engine import echo
 from quantbatch.engine.dedup import Deduplicated
-from quantbatch.errors import JobError
+from quantbatch.errors import JobError, Stopped
+from quantbatch.gate import NoDoor
+from quantbatch.lastwords import LastWords
 from quantbatch.model.checkpoint import find_checkpoint
 from quantbatch.model.sizes import gib
 from quantbatch.prompts.rendering import sample_seed
@@ -35,6 +37,7 @@ from quantbatch.records import (
 )
 from quantbatch.runner import Runner
 from quantbatch.spec import ContinuousEngine, EchoEngine, LlamaCppEngine, Sampling, StaticEngine
+from quantbatch.suspects import Death
 from quantbatch.wants import Write
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 
     from quantbatch.answers.cache import Space
     from quantbatch.engine import Engine
+    from quantbatch.gate import Door
     from quantbatch.records import Answer
     from quantbatch.spec import JobSpec
     from quantbatch.wants import Ask
@@ -150,10 +154,12 @@ class Replica:
 
     Args:
         job: What all replicas of the job need to know.
+        door: Asked before each chunk.
     """
 
-    def __init__(self, job: ReplicaJob) -> None:
+    def __init__(self, job: ReplicaJob, door: Door | None = None) -> None:
         started = time.perf_counter()
+        self._door = door or NoDoor()
         # Tasks that name single tokens look the tokenizer up from here.
         model = job.spec.model.seen_from(job.driver_folder)
         self._spec = job.spec.model_copy(update={"model": model})
@@ -164,27 +170,59 @@ class Replica:
         self._asked = self._cached = 0
         """Requests that may have equal ones, and those whose answers were kept."""
         self._stats = ReplicaStats(replica=uuid.uuid4().hex[:8], device=job.device)
+        self._words = LastWords(self._door.name) if self._door.name else None
+        self.before = self._words.before if self._words else Death()
+        """How the process of this name before this one ended."""
         try:
+            self._knock()
             loaded = load_engine(job)
         except JobError as error:
             self._broken = error
             return
         self._peak_bytes, self._progress = loaded.peak_bytes, loaded.progress
-        self._runner = Runner(loaded.engine)
+        limit_s = job.spec.limits.step_timeout_s
+        watch = self._words.watchdog(limit_s) if self._words else None
+        self._runner = Runner(loaded.engine, self._leave, watch)
         self._copied = _copied(loaded.engine)
+        self._door.ready()
         load_s = time.perf_counter() - started
         self._stats = dataclasses.replace(
             self._stats, load_s=load_s, planned_bytes=loaded.planned_bytes
         )
 
+    def _knock(self) -> None:
+        """Tell the gate that this process starts.
+
+        Raises:
+            Stopped: Too many before it died.
+        """
+        if reason := self._door.starts(self.before):
+            hint = (
+                "see what the machine's memory, the card and its driver say; then the same command"
+            )
+            raise Stopped(reason, f"{hint} continues the job")
+
+    def _leave(self, code: int, reason: str) -> None:
+        if self._words:
+            self._words.say(reason)
+        os._exit(code)
+
     async def __call__(self, block: pa.Table) -> pa.Table:
         """Answer one chunk; several calls run at once and share the engine's batch."""
         chunk, rows = unpack(block)
         facts = row_layout.facts_of(rows)
-        if facts.trouble:
+        if facts.trouble or facts.held_back:
             return block
         if self._broken:
             return pack(chunk, row_layout.failed(facts.shard, self._broken))
+        if not await asyncio.to_thread(self._door.begin, chunk):
+            return pack(chunk, row_layout.held_back(facts.shard))
+        answered = await self._answered(chunk, rows)
+        await asyncio.to_thread(self._door.end, chunk, answered=True)
+        facts = dataclasses.replace(facts, replica=self._measured())
+        return pack(chunk, row_layout.with_facts(answered, facts))
+
+    async def _answered(self, chunk: int, rows: pa.Table) -> pa.Table:
         requests = self._requests(chunk, rows)
         keys = self._keys_of(requests)
         hits = await self._kept_answers(keys)
@@ -196,11 +234,9 @@ class Replica:
             by_row[request.id.row].append(answers[request.id])
         paid = {request.id.row for request in rest}
         cached = [bool(found) and row not in paid for row, found in enumerate(by_row)]
-        answered = row_layout.answered(
+        return row_layout.answered(
             rows, by_row, self._spec, cached if self._spec.answers_cache else None
         )
-        facts = dataclasses.replace(facts, replica=self._measured())
-        return pack(chunk, row_layout.with_facts(answered, facts))
 
     def _keys_of(self, requests: Sequence[Request]) -> dict[RequestId, bytes]:
         """Return the keys of the requests whose answers may be kept; none without a cache."""

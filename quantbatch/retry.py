@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import json
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from quantbatch import again, pipeline, sizing, stages, tasks
+from quantbatch import again, pipeline, sizing, tasks
 from quantbatch.answers import packs
 from quantbatch.checks import check_tokens, input_limit
 from quantbatch.errors import DoesNotFit, Refused
@@ -146,8 +147,8 @@ def _answer(job: Job, found: Retry, figures: RunFigures, progress: Progress) -> 
     with contextlib.ExitStack() as held:
         publisher = held.enter_context(pipeline.Publisher(job))
         publisher.publish(*again.due(ledger, found, job.plan.shards))
-        todo = pipeline.Todo(stages.to_items(chunks), rows)
-        receipts = pipeline.receipts(job, todo, figures, progress)
+        undone = functools.partial(again.undone, ledger, found)
+        receipts = pipeline.receipts(job, undone, figures, progress)
         for receipt in held.enter_context(contextlib.closing(receipts)):
             publisher.publish(*again.record(ledger, found, receipt))
             progress.committed(receipt, figures)

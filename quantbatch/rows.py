@@ -54,6 +54,10 @@ class ChunkFacts:
     replica: ReplicaStats = field(default_factory=ReplicaStats)
     again: Again | None = None
     """Which rows of the chunk these are, if they are answered again."""
+    held_back: bool = False
+    """Whether the run takes no more chunks; the rows are then absent."""
+    commits: bool = True
+    """Whether the answers count: not if only some of the rows were tried, see `suspects`."""
 
 
 def with_facts(rows: pa.Table, facts: ChunkFacts) -> pa.Table:
@@ -80,6 +84,11 @@ def failed(shard: int, error: JobError) -> pa.Table:
     """Return what stands for a chunk that could not be answered."""
     trouble = Trouble(error.exit_code, error.problem, error.hint)
     return with_facts(pa.table({}), ChunkFacts(shard, 0, trouble))
+
+
+def held_back(shard: int) -> pa.Table:
+    """Return what stands for a chunk that came when the run took no more."""
+    return with_facts(pa.table({}), ChunkFacts(shard, 0, held_back=True))
 
 
 def row_ids(chunk: Chunk) -> pa.Array:

@@ -7,7 +7,8 @@ its last row is done.
 This is also the one place that turns exceptions into rows. When a step fails, the requests that it
 worked on are tried again in halves, apart from all others, until the row that fails alone is found:
 it becomes an error row after at most 2 log2(batch) further steps, and its neighbours are
-answered. Out of memory is handled by the same halves: smaller groups fit.
+answered. Out of memory is handled by the same halves: smaller groups fit. What raises nothing, but
+kills the process or never returns, is left to `gate`, `lastwords` and `suspects`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from quantbatch.records import Failure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from quantbatch.engine import Engine
     from quantbatch.records import Answer, Request, RequestId
@@ -32,6 +34,35 @@ logger = logging.getLogger(__name__)
 
 EXIT_BROKEN_DEVICE = 70
 """Exit code of a replica whose device no longer works (EX_SOFTWARE of sysexits.h)."""
+
+
+class Watch(Protocol):
+    """Is told that work goes on, see `lastwords.Watchdog`."""
+
+    def alive(self) -> None:
+        """A step begins, or a part of it is done."""
+        ...
+
+    def rest(self) -> None:
+        """There is nothing to do."""
+        ...
+
+
+class Unwatched:
+    """Lets steps take as long as they like."""
+
+    def alive(self) -> None:
+        """See `Watch`."""
+
+    def rest(self) -> None:
+        """See `Watch`."""
+
+
+@runtime_checkable
+class LongSteps(Protocol):
+    """An engine whose steps take long, and which says within them that it is alive."""
+
+    alive: Callable[[], None]
 
 
 class _Batch:
@@ -48,18 +79,32 @@ class _Batch:
             self.future.set_result(self.answers)
 
 
+def _leave(code: int, reason: str) -> None:
+    del reason
+    os._exit(code)
+
+
 class Runner:
     """Runs an engine in its own thread.
 
     Args:
         engine: Used from that thread only.
-        leave: Called with an exit code when the device is broken; ends the process, so that Ray
-            starts a new one and gives it the chunks again.
+        leave: Called with an exit code and the reason when the device is broken; ends the process,
+            so that Ray starts a new one.
+        watch: Told of each step.
     """
 
-    def __init__(self, engine: Engine, leave: Callable[[int], None] = os._exit) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        leave: Callable[[int, str], None] = _leave,
+        watch: Watch | None = None,
+    ) -> None:
         self._engine = engine
         self._leave = leave
+        self._watch = watch or Unwatched()
+        if isinstance(engine, LongSteps):
+            engine.alive = self._watch.alive
         self._inbox: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._waiting: dict[RequestId, _Batch] = {}
         self._suspects: list[Sequence[Request]] = []
@@ -100,7 +145,7 @@ class Runner:
             logger.critical("the engine's thread failed", exc_info=True)
             for batch in {id(batch): batch for batch in self._waiting.values()}.values():
                 batch.future.set_exception(error)
-            self._leave(EXIT_BROKEN_DEVICE)
+            self._leave(EXIT_BROKEN_DEVICE, f"{type(error).__name__}: {error}")
 
     def _feed(self) -> None:
         """Give the engine what is to be done next: suspects by themselves, all others together."""
@@ -117,6 +162,8 @@ class Runner:
 
     def _receive(self, *, wait: bool = False) -> None:
         while wait or not self._inbox.empty():
+            if wait:
+                self._watch.rest()
             batch = self._inbox.get()
             if batch is None:
                 self._closed = True
@@ -127,6 +174,7 @@ class Runner:
 
     def _step(self) -> None:
         started = time.perf_counter()
+        self._watch.alive()
         try:
             finished = self._engine.step()
         except Exception as error:  # noqa: BLE001 - whatever a model raises concerns some row of the step
@@ -155,4 +203,4 @@ class Runner:
         # those.
         if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
             logger.critical("the device is broken, leaving: %s", error)
-            self._leave(EXIT_BROKEN_DEVICE)
+            self._leave(EXIT_BROKEN_DEVICE, str(error).split("\n", 1)[0])

@@ -768,7 +768,17 @@ class Limits(Section):
     """Share of rows that may end as `error` or `invalid`; beyond it the finished job exits with
     1."""
     attempts: Annotated[int, Field(ge=1)] = Field(3, json_schema_extra=TUNING)
-    """How often a chunk is tried when its replica dies under it."""
+    """How often replicas may die in a row, without finishing a chunk or while they load, before
+    no chunk is given to them any more; and how many rows of one chunk may kill a replica before the
+    rest of it is given up."""
+    step_timeout_s: Annotated[float, Field(gt=0)] = Field(600.0, json_schema_extra=TUNING)
+    """Longest time in seconds that a step of the engine may take. A replica that hangs longer is
+    ended, and the row that does it becomes an error row. The first step on a card compiles kernels;
+    600 is far beyond that."""
+    drain_s: Annotated[float, Field(ge=0)] = Field(25.0, json_schema_extra=TUNING)
+    """Time in seconds that chunks under way have to finish when a run is told to stop (SIGTERM or
+    Ctrl-C; a second one ends it at once). Kubernetes gives 30 before it kills, a spot instance of
+    AWS 120, `ray job stop` what RAY_JOB_STOP_WAIT_TIME_S says, or 3."""
 
 
 class JobSpec(Section):

@@ -16,20 +16,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from typing_extensions import override
 
-from quantbatch import rows, tasks
+from quantbatch import rows, suspects, tasks
 from quantbatch.commits import commit_chunk
 from quantbatch.errors import InputError, JobError, RowError, Stopped, StorageError
 from quantbatch.input import listing, sources
+from quantbatch.lastwords import LastWords
 from quantbatch.model.checkpoint import find_checkpoint
 from quantbatch.prompts.renderers import renderer_of
 from quantbatch.prompts.tokens import tokenizer_of
-from quantbatch.records import Again, Chunk, Receipt, Slice, Trouble, pack, unpack
+from quantbatch.records import Again, Blame, Chunk, Receipt, Slice, Trial, Trouble, pack, unpack
 from quantbatch.storage import open_store
+from quantbatch.suspects import Death
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from quantbatch.commits import OutputFormat
+    from quantbatch.gate import Door
     from quantbatch.prompts.renderers import AnyRenderer
     from quantbatch.spec import JobSpec
     from quantbatch.storage import Store
@@ -57,24 +60,41 @@ class ReadJob:
         return hash((self.spec.output.uri, self.root, self.max_input_tokens))
 
 
-def to_items(chunks: Iterable[Chunk]) -> list[dict[str, str]]:
-    """Return the input of the Ray dataset: a row for each chunk."""
-    return [
-        {"chunk": json.dumps([c.id, c.shard, [asdict(piece) for piece in c.slices], c.again])}
-        for c in chunks
-    ]
+class Items(NamedTuple):
+    """Chunks as they go into Ray."""
+
+    rows: int
+    """Rows that are to be answered."""
+    items: list[dict[str, str]]
+    """The rows of the Ray dataset: one for each chunk."""
+
+
+def to_items(chunks: Iterable[Chunk]) -> Items:
+    """Return chunks as a Ray dataset takes them."""
+    rows, items = 0, []
+    for c in chunks:
+        rows += len(c.again.rows) if c.again else c.rows
+        pieces = [asdict(piece) for piece in c.slices]
+        items.append({"chunk": json.dumps([c.id, c.shard, pieces, c.again, c.trial])})
+    return Items(rows, items)
+
+
+def item_table(item: dict[str, str]) -> pa.Table:
+    """Return one of `to_items` as a dataset hands it to a reader."""
+    return pa.table({"chunk": [item["chunk"]]})
 
 
 def _chunk(item: pa.Table) -> Chunk:
-    number, shard, pieces, again = json.loads(item["chunk"][0].as_py())
+    number, shard, pieces, again, trial = json.loads(item["chunk"][0].as_py())
     if again:
         again = Again(again[0], again[1], tuple(again[2]))
-    return Chunk(number, shard, tuple(Slice(**piece) for piece in pieces), again)
+    if trial:
+        trial = Trial(*trial)._replace(blamed=tuple(Blame(*each) for each in trial[2]))
+    return Chunk(number, shard, tuple(Slice(**piece) for piece in pieces), again, trial)
 
 
-def read_and_render(item: pa.Table, *, job: ReadJob) -> pa.Table:
+def read_and_render(chunk: Chunk, *, job: ReadJob) -> pa.Table:
     """Read the rows of one chunk and turn them into token ids."""
-    chunk = _chunk(item)
     try:
         table, errors, unreadable = _wanted(_read(job, chunk), chunk)
         prompts = _renderer(job).render(table)
@@ -88,22 +108,56 @@ def read_and_render(item: pa.Table, *, job: ReadJob) -> pa.Table:
         # A row that can't be read has no key; its place is still its own.
         ids = pc.coalesce(table[key].cast(pa.string()), ids)
     asked = tasks.asked(job.spec, table)
-    errors = {**asked.errors, **prompts.errors, **errors}
+    errors = {**asked.errors, **prompts.errors, **errors, **_not_tried(chunk.trial)}
     asks = asked.asks if prompts.asks is None else prompts.asks
     found = rows.rendered(table.select(job.kept), ids, prompts.token_ids, errors, asks)
-    facts = rows.ChunkFacts(chunk.shard, table.num_rows, unreadable=unreadable, again=chunk.again)
+    facts = rows.ChunkFacts(
+        chunk.shard,
+        table.num_rows,
+        unreadable=unreadable,
+        again=chunk.again,
+        commits=chunk.trial is None or chunk.trial.commits,
+    )
     return pack(chunk.id, rows.with_facts(found, facts))
 
 
-class Reader:
-    """`read_and_render` as an actor."""
+def _not_tried(trial: Trial | None) -> dict[int, RowError]:
+    """Return the rows that an attempt leaves out, with what their error rows say."""
+    if trial is None:
+        return {}
+    left_out = [*range(trial.low), *range(trial.high, trial.rows)]
+    errors = dict.fromkeys(left_out, RowError(suspects.DIED, "not tried"))
+    for blame in reversed(trial.blamed):
+        errors |= dict.fromkeys(range(blame.low, blame.high), RowError(blame.kind, blame.message))
+    return errors
 
-    def __init__(self, job: ReadJob) -> None:
+
+class Reader:
+    """`read_and_render` as an actor.
+
+    Args:
+        job: What reading needs to know.
+        door: Asked before each chunk.
+    """
+
+    def __init__(self, job: ReadJob, door: Door) -> None:
         self._job = job
+        self._door = door
+        self._words = LastWords(door.name) if door.name else None
+        # A reader that dies has a chunk: loading takes nothing that a replica does not take too.
+        self.before = self._words.before if self._words else Death()
+        """How the process of this name before this one ended."""
+        door.starts(self.before)
+        door.ready()
 
     def __call__(self, item: pa.Table) -> pa.Table:
         """See `read_and_render`."""
-        return read_and_render(item, job=self._job)
+        chunk = _chunk(item)
+        if not self._door.begin(chunk.id):
+            return pack(chunk.id, rows.held_back(chunk.shard))
+        found = read_and_render(chunk, job=self._job)
+        self._door.end(chunk.id, answered=False)
+        return found
 
 
 class _ReadRows(NamedTuple):
@@ -135,6 +189,7 @@ def _read(job: ReadJob, chunk: Chunk) -> _ReadRows:
     for piece in chunk.slices:
         partition = listing.partition_of(piece.file)
         try:
+            _must_not_read(chunk.trial, before, before + piece.rows)
             found = sources.read_slice(store, piece, job.spec.input, job.schema, partition)
         except InputError as error:
             # A file that was sound when it was planned: its rows are error rows, its neighbours in
@@ -145,6 +200,21 @@ def _read(job: ReadJob, chunk: Chunk) -> _ReadRows:
         errors |= {before + row: error for row, error in found.errors.items()}
         before += piece.rows
     return _ReadRows(pa.concat_tables(tables), errors, unreadable)
+
+
+def _must_not_read(trial: Trial | None, low: int, high: int) -> None:
+    """Leave out a slice that an attempt has no rows of, or whose reading kills.
+
+    Raises:
+        InputError: It is left out.
+    """
+    if trial is None:
+        return
+    for blame in trial.blamed:
+        if blame.unread and blame.low <= low and high <= blame.high:
+            raise InputError(blame.message)
+    if high <= trial.low or low >= trial.high:
+        raise InputError("not tried")
 
 
 def _without_values(piece: Slice, schema: pa.Schema, error: InputError) -> sources.SliceRows:
@@ -194,6 +264,8 @@ def commit(block: pa.Table, *, store: Store, target: OutputFormat) -> pa.Table:
     facts = rows.facts_of(answered)
     if facts.trouble:
         receipt = Receipt(chunk, facts.shard, trouble=facts.trouble)
+    elif facts.held_back or not facts.commits:
+        receipt = Receipt(chunk, facts.shard, committed=False)
     else:
         try:
             receipt = commit_chunk(store, chunk, answered, target)

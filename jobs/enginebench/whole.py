@@ -30,7 +30,7 @@ from typing_extensions import override
 
 from jobs.enginebench import workload
 from jobs.enginebench.model import TOKENIZER
-from quantbatch import pipeline
+from quantbatch import pipeline, rounds
 from quantbatch.progress import Silent
 from quantbatch.prompts.tokens import load_tokenizer
 from quantbatch.records import Request, RequestId
@@ -111,7 +111,7 @@ def job(folder: Path, *, rows: int, kind: str, replicas: int, threads: int) -> d
     spec = spec_of(folder, kind=kind, replicas=replicas, threads=threads)
     # Ray's processes must find this module, and inherit the surroundings of the driver.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    with patch.object(pipeline, "Replica", TimedReplica):
+    with patch.object(rounds, "Replica", TimedReplica):
         report = pipeline.run(spec, progress=commits)
     assert report.counts.truncated == rows, report.counts
     assert report.counts.completion_tokens == rows * BUDGET, report.counts

@@ -101,7 +101,7 @@ def quantbatch(
     3 refused, or the model does not fit
     70 a fault of quantbatch itself
     75 stopped on the way: the same command continues
-    130 Ctrl-C: likewise
+    130 Ctrl-C before the work began
     """
     del version
 

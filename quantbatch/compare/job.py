@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quantbatch import checks, sizing
 from quantbatch.compare.candidates import Candidate, candidates_of, name_of, plan_field
 from quantbatch.compare.rows import spread_rows
+from quantbatch.draining import Drain
 from quantbatch.errors import DoesNotFit, JobError, ModelError, SpecError
 from quantbatch.model.checkpoint import open_checkpoint
 from quantbatch.spec import Generate
@@ -123,11 +124,11 @@ def compare_there(spec: JobSpec, choices: Choices, out: Path, say: Callable[[str
 
     prepared = prepare(spec, choices)
     report.check_folder(out, spec.output)
-    with cluster.connected(spec.cluster) as session, cluster.explained(spec):
-        say(f"the models run on the cluster, on {session.device}")
+    with cluster.connected(spec.cluster) as device, Drain().listening(), cluster.explained():
+        say(f"the models run on the cluster, on {device}")
         here = str(Path.cwd())
-        there = partial(measure, prepared, device=session.device, folder=here, say=_quiet)
-        outcome = cluster.run_once(spec, session.device, there)
+        there = partial(measure, prepared, device=device, folder=here, say=_quiet)
+        outcome = cluster.run_once(spec, device, there)
     document = report.describe(prepared, outcome)
     report.save(document, out)
     return document

@@ -37,7 +37,7 @@ from quantbatch.records import Failure, TokenLogprobs
 from quantbatch.wants import Write
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,6 +67,8 @@ class StaticEngine:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int
     ) -> None:
         assert batch_size >= 1
+        self.alive: Callable[[], None] = _nobody_asks
+        """Called at each token of a group, whose answers may take longer than a step may."""
         self._model = model
         self._endings = Endings(model, tokenizer)
         self._batch_size = batch_size
@@ -146,7 +148,7 @@ class StaticEngine:
                 attention_mask=prompts.mask_BT,
                 generation_config=self._generation_config(group[0]),
                 logits_processor=[*watchers, *forms, *choosers],
-                stopping_criteria=[stop_strings] if sampling.stop else [],
+                stopping_criteria=[_Alive(self.alive), *([stop_strings] if sampling.stop else [])],
             )
         health.check(group)
         answers = answers_BT[:, prompts.tokens :].tolist()
@@ -429,6 +431,22 @@ class _Logprobs(LogitsProcessor):
 
 
 # ---- stop strings
+
+
+def _nobody_asks() -> None:
+    pass
+
+
+class _Alive(StoppingCriteria):
+    """Ends nothing; says at each token that work goes on."""
+
+    def __init__(self, say: Callable[[], None]) -> None:
+        self._say = say
+
+    @override
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self._say()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _StopStrings(StoppingCriteria):

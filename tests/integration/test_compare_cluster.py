@@ -63,7 +63,7 @@ def test_what_goes_wrong_there_is_said_here(job: Path, error: JobError) -> None:
         raise error
 
     spec = load_spec(job)
-    with cluster.connected(spec.cluster) as session, pytest.raises(type(error)) as caught:
-        cluster.run_once(spec, session.device, failing)
+    with cluster.connected(spec.cluster) as device, pytest.raises(type(error)) as caught:
+        cluster.run_once(spec, device, failing)
     assert str(caught.value) == str(error)
     assert caught.value.exit_code == error.exit_code

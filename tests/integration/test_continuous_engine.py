@@ -671,7 +671,7 @@ def through_runner(engine: Any, requests: Sequence[Request]) -> dict[RequestId, 
     left: list[int] = []
     done = threading.Event()
 
-    def leave(code: int) -> None:
+    def leave(code: int, reason: str) -> None:
         left.append(code)
         done.set()
 

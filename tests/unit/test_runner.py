@@ -27,7 +27,7 @@ def requests(chunk: int, count: int) -> list[Request]:
     return [Request(RequestId(chunk, row), (1, 2, 3), SAMPLING, seed=0) for row in range(count)]
 
 
-def stay(code: int) -> None:
+def stay(code: int, reason: str) -> None:
     """Stand for os._exit where no device breaks."""
     pytest.fail(f"the runner left with {code}")
 
@@ -130,7 +130,8 @@ def test_out_of_memory_ends_in_smaller_groups() -> None:
 def test_a_broken_device_ends_the_process() -> None:
     codes: list[int] = []
 
-    def leave(code: int) -> None:
+    def leave(code: int, reason: str) -> None:
+        assert "illegal memory access" in reason
         codes.append(code)
         done.set()
         threading.Event().wait()  # as after os._exit, the thread goes no further

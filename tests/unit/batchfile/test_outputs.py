@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from openai.types import Completion, CreateEmbeddingResponse
@@ -89,10 +88,8 @@ def run_here(spec: JobSpec, *, chunks: int | None = None) -> None:
     if job.new_generation is not None:
         assert job.ledger.freeze(job.new_generation)
     replica = Replica(job.replica_job("cpu"))
-    for item in stages.to_items(job.ledger.undone())[:chunks]:
-        block = stages.read_and_render(
-            pa.table({k: [v] for k, v in item.items()}), job=job.read_job
-        )
+    for chunk in list(job.ledger.undone())[:chunks]:
+        block = stages.read_and_render(chunk, job=job.read_job)
         block = asyncio.run(replica(block))
         receipt = stages.receipts(stages.commit(block, store=job.ledger.store, target=job.target))[
             0

@@ -1,0 +1,77 @@
+"""The gate as an actor of Ray's, and the door by which other processes ask it."""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from quantbatch.gate import Gate, Lost
+
+if TYPE_CHECKING:
+    from quantbatch.suspects import Death
+
+
+class RemoteGate:
+    """A gate beside the driver, which ends with it; see `gate.Gate`.
+
+    Args:
+        most_deaths: See there.
+    """
+
+    def __init__(self, most_deaths: int) -> None:
+        here = ray.get_runtime_context().get_node_id()
+        beside_us = NodeAffinitySchedulingStrategy(here, soft=False)
+        made = ray.remote(num_cpus=0, scheduling_strategy=beside_us)(Gate)
+        self._gate: Any = made.remote(most_deaths)
+
+    def door(self) -> Door:
+        """Return what the processes of a round ask."""
+        return Door(self._gate, uuid.uuid4().hex[:8])
+
+    def arrived(self, chunk: int) -> None:
+        """See `Gate`; does not wait."""
+        self._gate.arrived.remote(chunk)
+
+    def close(self) -> set[int]:
+        """See `Gate`."""
+        under_way: set[int] = ray.get(self._gate.close.remote())
+        return under_way
+
+    def lost(self) -> Lost:
+        """See `Gate`."""
+        found: Lost = ray.get(self._gate.lost.remote())
+        return found
+
+
+class Door:
+    """The door of whatever actor holds it; see `gate.Door`."""
+
+    def __init__(self, gate: Any, round: str) -> None:  # noqa: ANN401 - Ray's handles have no type
+        self._gate = gate
+        self._round = round
+
+    @property
+    def name(self) -> str:
+        """The round's and the actor's, which stays when the actor starts again."""
+        return f"{self._round}-{ray.get_runtime_context().get_actor_id()}"
+
+    def starts(self, last: Death) -> str:
+        """See `gate.Door`."""
+        reason: str = ray.get(self._gate.starts.remote(self.name, last))
+        return reason
+
+    def ready(self) -> None:
+        """See `gate.Door`."""
+        ray.get(self._gate.ready.remote(self.name))
+
+    def begin(self, chunk: int) -> bool:
+        """See `gate.Door`."""
+        may: bool = ray.get(self._gate.begin.remote(self.name, chunk))
+        return may
+
+    def end(self, chunk: int, *, answered: bool) -> None:
+        """See `gate.Door`."""
+        ray.get(self._gate.end.remote(self.name, chunk, answered=answered))

@@ -1,0 +1,104 @@
+"""What a process can still say when it dies, and a watchdog for calls that never return.
+
+A segmentation fault, or a kernel that hangs while it holds Python's lock, leaves nobody to raise an
+exception. `faulthandler` does both from C: on a fatal signal, or when a deadline passes, it writes
+where every thread was to a file that was opened before, and ends the process. The process of the
+same name that starts after it on the same machine reads the file and tells (`gate`).
+
+There is one of each in a process, as there is one `faulthandler`. What is killed from outside (out
+of memory) or leaves by itself says nothing.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import IO
+
+from quantbatch.suspects import DIED, HUNG, Death
+
+ARMED_AGAIN_AFTER_S = 1.0
+"""Setting the deadline again starts a thread: 60 us (measured), too much for each step."""
+_FATAL = re.compile(r"Fatal Python error: (.+)|Timeout \((.+)\)!")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
+
+
+class LastWords:
+    """Keeps the file of a process.
+
+    Args:
+        name: Of the process: the next of that name finds what it left.
+        folder: Where the file is; None is a folder of this user's in the temporary one.
+    """
+
+    def __init__(self, name: str, folder: Path | None = None) -> None:
+        folder = folder or Path(tempfile.gettempdir(), f"quantbatch-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self._path = folder / f"{re.sub(r'[^A-Za-z0-9-]', '_', name)}.words"
+        self.before = self._read()
+        """How the process of that name before this one ended."""
+        self._file: IO[str] = self._path.open("w", encoding="utf-8")
+        faulthandler.enable(self._file)
+
+    def _read(self) -> Death:
+        try:
+            return read(self._path.read_text(encoding="utf-8", errors="replace"))
+        except FileNotFoundError:
+            return Death()
+
+    def say(self, words: str) -> None:
+        """Leave words before the process ends itself."""
+        self._file.write(f"Fatal Python error: {words}\n")
+        self._file.flush()
+
+    def watchdog(self, deadline_s: float) -> Watchdog:
+        """Return a watchdog that ends the process if a step takes too long."""
+        return Watchdog(self._file, deadline_s)
+
+    def close(self) -> None:
+        """Leave nothing behind: the process ends well."""
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.disable()
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+class Watchdog:
+    """Ends the process if nobody says for some time that work goes on."""
+
+    def __init__(self, file: IO[str], deadline_s: float) -> None:
+        self._file = file
+        self._deadline_s = deadline_s
+        self._armed_at: float | None = None
+
+    def alive(self) -> None:
+        """Say that work goes on; a step is beginning, or a part of it is done."""
+        now = time.monotonic()
+        if self._armed_at is None or now - self._armed_at > ARMED_AGAIN_AFTER_S:
+            self._armed_at = now
+            # A second more: the step may begin just before the timer would be set again.
+            faulthandler.dump_traceback_later(
+                self._deadline_s + ARMED_AGAIN_AFTER_S, exit=True, file=self._file
+            )
+
+    def rest(self) -> None:
+        """Say that there is nothing to do."""
+        if self._armed_at is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self._armed_at = None
+
+
+def read(text: str) -> Death:
+    """Understand what `faulthandler` wrote."""
+    found = _FATAL.search(text)
+    if found is None:
+        return Death()
+    frame = _FRAME.search(text, found.end())
+    where = f", in {frame[3]} ({Path(frame[1]).name}:{frame[2]})" if frame else ""
+    if found[2]:
+        return Death(HUNG, f": it took longer than {found[2]}{where}")
+    return Death(DIED, f": {found[1].strip()[:500]}{where}")

@@ -1,0 +1,208 @@
+"""All chunks that are left go through Ray, in rounds, until none is left.
+
+A round is one Ray dataset: read and rendered, answered, committed. Ray tries nothing twice. What a
+process held when it died comes again in the next round, and alone, since one of its rows may have
+done it (`suspects`); what was merely lost on the way comes again with all others. So every death is
+counted here, and none is repeated for ever:
+
+    in company   each replica holds many chunks; ends early if replicas only die
+    alone        chunks that were lost in company, one in each replica at a time
+    searched     chunks that died alone, one after another, in halves
+
+A run stops, to be continued by the same command, when replicas die so often in a row that no row
+can be the reason, or when rounds pass in which nothing happens at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import ray.data
+
+from quantbatch import cluster, stages
+from quantbatch.errors import Stopped, in_the_end
+from quantbatch.gate import Lost
+from quantbatch.gatekeeper import RemoteGate
+from quantbatch.records import Receipt
+from quantbatch.replica import Replica
+from quantbatch.suspects import Death, Search, Suspects, attempts_for_a_row
+from quantbatch.trials import Trials
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+
+    from quantbatch.draining import Drain
+    from quantbatch.preflight import Job
+    from quantbatch.records import Chunk
+
+MAX_INPUT_BLOCKS = 2000
+"""Blocks in which Ray gets the chunk list. Each costs 1.7 ms before the first chunk runs (measured
+on Ray 2.60), so in a big job a block holds many chunks; a reader hands them on one by one."""
+
+
+class Rounds:
+    """Answers the chunks of a job that are left.
+
+    Args:
+        job: The job.
+        undone: Returns the chunks that are not committed, whenever it is called.
+        device: What replicas work on.
+        drain: Ends the run when it is told to stop.
+    """
+
+    def __init__(
+        self, job: Job, undone: Callable[[], Iterable[Chunk]], *, device: str, drain: Drain
+    ) -> None:
+        self._job = job
+        self._undone = undone
+        self._device = device
+        self._drain = drain
+        self._attempts = job.spec.limits.attempts
+        self._suspects = Suspects(job.ledger.store)
+        self._deaths = 0
+        """Deaths in a row, over rounds and attempts."""
+        self._idle = 0
+        """Rounds in a row in which nothing happened."""
+
+    def receipts(self) -> Generator[Receipt]:
+        """Yield what became of each chunk, once it is committed.
+
+        Raises:
+            JobError: Something that concerns the job, not a chunk.
+        """
+        while self._any_left():
+            if not self._deaths:
+                lost = yield from self._round(lambda chunk: chunk not in self._suspects)
+                self._note(lost)
+            alone = yield from self._round(self._not_yet_alone, in_flight=1)
+            self._note(alone, died_alone=True)
+            yield from self._searched()
+
+    def _any_left(self) -> bool:
+        return next(iter(self._undone()), None) is not None
+
+    def _not_yet_alone(self, chunk: Chunk) -> bool:
+        return chunk in self._suspects and self._suspects.search(chunk) is None
+
+    def _note(self, lost: Lost, *, died_alone: bool = False) -> None:
+        if not lost.chunks:
+            return
+        for chunk in self._undone():
+            if chunk.id in lost.chunks:
+                self._suspects.note(chunk, Search.of(chunk) if died_alone else None)
+
+    def _round(
+        self, wanted: Callable[[Chunk], bool], *, in_flight: int = 0
+    ) -> Generator[Receipt, None, Lost]:
+        """Send chunks through a dataset; yield receipts, return what was lost."""
+        chunks = (chunk for chunk in self._undone() if wanted(chunk))
+        rows, items = stages.to_items(chunks)
+        if not items:
+            return Lost({}, self._deaths)
+        in_flight = in_flight or cluster.chunks_in_flight(
+            self._job.spec.cluster, chunks=len(items), rows=rows
+        )
+        # A node that goes takes all of its replicas at once; that is no sign of anything.
+        gate = RemoteGate(self._attempts * cluster.most_replicas(self._job.spec.cluster))
+        done, dropped = 0, cluster.Dropped()
+        with self._drain.during(gate.close), dropped.noted():
+            try:
+                for receipt in self._through(items, in_flight, gate):
+                    dropped.raise_fault()
+                    done += receipt.committed
+                    if receipt.committed:
+                        yield receipt
+                    gate.arrived(receipt.chunk)
+                    self._drain.done(receipt.chunk)
+            except cluster.DEATHS as error:
+                dropped.note(error)
+            dropped.raise_fault()
+            lost = gate.lost()
+        self._deaths = lost.deaths
+        self._idle = 0 if done or lost.chunks else self._idle + 1
+        if self._idle >= self._attempts:
+            raise Stopped(
+                f"nothing was answered in {self._idle} rounds: {dropped.cause}",
+                "the same command continues the job",
+            )
+        return lost
+
+    def _searched(self) -> Generator[Receipt]:
+        """Try the chunks that died alone one after another, until each is committed."""
+        guilty = [chunk for chunk in self._undone() if self._suspects.search(chunk)]
+        if not guilty:
+            return
+        with Trials(self._job, self._device) as trials:
+            for chunk in guilty:
+                yield from self._search(chunk, trials)
+
+    def _search(self, chunk: Chunk, trials: Trials) -> Generator[Receipt]:
+        search = self._suspects.search(chunk)
+        while search:
+            with self._drain.during(lambda: {chunk.id}):
+                found = trials.attempt(replace(chunk, trial=search.trial()))
+                search = self._after(chunk, search, found)
+                self._suspects.note(chunk, search)
+                if isinstance(found, Receipt) and found.committed:
+                    yield found
+                    search = None
+                self._drain.done(chunk.id)
+
+    def _after(self, chunk: Chunk, search: Search, found: Receipt | Death) -> Search:
+        """Return a search after another attempt.
+
+        Raises:
+            Stopped: So many died in a row that no row can be the reason.
+        """
+        if isinstance(found, Receipt):
+            if found.trouble:
+                raise in_the_end(*found.trouble)
+            self._deaths = 0
+            return search.survived()
+        self._deaths += 1
+        if self._deaths > attempts_for_a_row(search.rows) + self._attempts:
+            # Whom it blamed meanwhile was as innocent as all others.
+            self._suspects.note(chunk, Search.of(chunk))
+            raise Stopped(
+                f"processes died {self._deaths} times in a row, whatever their rows{found.words}",
+                "see what the machine's memory, the card and its driver say; then the same command "
+                "continues the job",
+            )
+        return search.died(found, most=self._attempts)
+
+    def _through(
+        self, items: list[dict[str, str]], in_flight: int, gate: RemoteGate
+    ) -> Generator[Receipt]:
+        dataset = self._dataset(items, in_flight, gate)
+        for block in dataset.iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        ):
+            for receipt in stages.receipts(block):
+                if receipt.trouble:
+                    raise in_the_end(*receipt.trouble)
+                yield receipt
+
+    def _dataset(
+        self, items: list[dict[str, str]], in_flight: int, gate: RemoteGate
+    ) -> ray.data.Dataset:
+        """Describe the way of a chunk: read and rendered, answered, committed."""
+        job, spec, door = self._job, self._job.spec, gate.door()
+        return (
+            ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
+            .map_batches(
+                stages.Reader,
+                fn_constructor_args=[job.read_job, door],
+                **cluster.reader_options(spec, self._device),
+            )
+            .map_batches(
+                Replica,
+                fn_constructor_args=[job.replica_job(self._device), door],
+                **cluster.replica_options(spec, self._device, in_flight),
+            )
+            .map_batches(
+                stages.Committer,
+                fn_constructor_args=[job.ledger.store, job.target],
+                **cluster.committer_options(),
+            )
+        )

@@ -1,0 +1,103 @@
+"""Rows that kill, hang or raise: found one by one, their neighbours answered."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from quantbatch import pipeline, rounds, trials
+from quantbatch.errors import Stopped
+from quantbatch.spec import JobSpec
+from quantbatch.suspects import FOLDER, attempts_for_a_row
+from quantbatch.verify import verify
+from tests.integration import killers
+from tests.integration.support import MODEL
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from quantbatch.replica import Replica
+    from quantbatch.report import RunReport
+    from tests.integration.support import Head
+
+ROWS, ROWS_PER_CHUNK = 20, 5
+
+
+def job(
+    folder: Path, head: Head, poison: dict[int, str], *, chunk: int = ROWS_PER_CHUNK, **limits: Any
+) -> JobSpec:
+    (folder / "in").mkdir()
+    texts = [f"row {n} says please {poison[n]}" if n in poison else f"row {n}" for n in range(ROWS)]
+    pq.write_table(pa.table({"text": texts}), folder / "in" / "rows.parquet")
+    fields = {
+        "name": "poison",
+        "input": {"uri": str(folder / "in"), "rows_per_chunk": chunk},
+        "model": {"id": str(MODEL), "bits": 16},
+        "prompt": {"template": "{{ text }}"},
+        "sampling": {"max_new_tokens": 16},
+        "engine": {"kind": "echo"},
+        "cluster": {"gpus_per_replica": 0, "address": head.address},
+        "output": {"uri": str(folder / "out"), "rows_per_part": ROWS},
+        "limits": {"max_error_rate": 1.0, **limits},
+    }
+    return JobSpec.model_validate(fields)
+
+
+def run(spec: JobSpec, replica: type[Replica]) -> RunReport:
+    with patch.object(rounds, "Replica", replica), patch.object(trials, "Replica", replica):
+        return pipeline.run(spec)
+
+
+def attempts(folder: Path) -> dict[int, int]:
+    """Return the attempts that each searched chunk took."""
+    found = {}
+    for path in (folder / "out" / FOLDER).iterdir():
+        search = json.loads(path.read_text())
+        found[int(path.stem.split("-")[1])] = search["attempts"] if search else 0
+    return found
+
+
+@pytest.mark.timeout(300)
+def test_rows_that_kill_become_error_rows(
+    tmp_path: Path, ray_head: Head, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison = {1: "segfault", 7: "exit", 8: "raise", 19: "hang"}
+    spec = job(tmp_path, ray_head, poison, step_timeout_s=2)
+    report = run(spec, killers.KillingReplica)
+    assert verify(spec).outcome == "proven"
+    answers = pq.read_table(tmp_path / "out" / "part-000000.parquet").to_pylist()
+    wrong = {n: row for n, row in enumerate(answers) if row["status"] == "error"}
+    kinds = {n: row["error_type"] for n, row in wrong.items()}
+    assert kinds == {1: "process_died", 7: "process_died", 8: "model", 19: "step_timeout"}
+    assert "Segmentation fault" in wrong[1]["error_message"]
+    assert report.counts.ok == ROWS - len(poison)
+    tried = attempts(tmp_path)
+    with capsys.disabled():
+        print(f"\npoison rows={len(poison)} attempts={tried}")
+    assert max(tried.values()) <= attempts_for_a_row(ROWS_PER_CHUNK)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("replica", "said"),
+    [
+        (killers.DoomedReplica, r"died \d+ times in a row, whatever their rows"),
+        (killers.StillbornReplica, "died 2 times while it loaded the model"),
+    ],
+)
+def test_replicas_that_only_die_stop_the_job(
+    tmp_path: Path, ray_head: Head, replica: type[Replica], said: str
+) -> None:
+    spec = job(tmp_path, ray_head, {}, chunk=1, attempts=2)
+    with pytest.raises(Stopped, match=said) as caught:
+        run(spec, replica)
+    assert "the same command continues the job" in caught.value.hint
+    # The machine is mended: nothing is lost, and no row is blamed.
+    report = run(spec, killers.KillingReplica)
+    assert (report.counts.ok, report.counts.error) == (ROWS, 0)
+    assert verify(spec).outcome == "proven"
