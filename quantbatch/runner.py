@@ -22,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from quantbatch.engine.dedup import Deduplicated
 from quantbatch.records import Failure
 
 if TYPE_CHECKING:
@@ -103,8 +104,9 @@ class Runner:
         self._engine = engine
         self._leave = leave
         self._watch = watch or Unwatched()
-        if isinstance(engine, LongSteps):
-            engine.alive = self._watch.alive
+        working = engine.engine if isinstance(engine, Deduplicated) else engine
+        if isinstance(working, LongSteps):
+            working.alive = self._watch.alive
         self._inbox: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._waiting: dict[RequestId, _Batch] = {}
         self._suspects: list[Sequence[Request]] = []

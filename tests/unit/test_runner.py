@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typing_extensions import override
 
+from quantbatch.engine.dedup import Deduplicated
 from quantbatch.records import Answer, Completion, Failure, FinishReason, Request, RequestId
 from quantbatch.runner import Runner
 from quantbatch.spec import Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 SAMPLING = Sampling()
 
@@ -166,3 +167,39 @@ def test_many_threads_submit_at_once() -> None:
     assert sorted(results) == list(range(12))
     failed = [id for found in results.values() for id, a in found.items() if isinstance(a, Failure)]
     assert failed == [RequestId(3, 5)]
+
+
+class Noted:
+    """Notes what a watchdog is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def alive(self) -> None:
+        self.said.append("alive")
+
+    def rest(self) -> None:
+        self.said.append("rest")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_watchdog_hears_of_each_step_and_of_parts_of_long_ones(wrapped: bool) -> None:
+    class LongWinded(FragileEngine):
+        alive: Callable[[], None]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.alive = Noted().rest
+
+        @override
+        def step(self) -> Sequence[Completion]:
+            self.alive()
+            self.alive()
+            return super().step()
+
+    watch = Noted()
+    engine = Deduplicated(LongWinded()) if wrapped else LongWinded()
+    runner = Runner(engine, leave=stay, watch=watch)
+    runner.submit(requests(0, 1)).result(timeout=20)
+    runner.close()
+    assert watch.said == ["rest", "alive", "alive", "alive", "rest"]
