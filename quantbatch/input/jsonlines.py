@@ -2,9 +2,9 @@
 
 Types are guessed from the first rows of a file: integers and floats together are double, and what
 goes together in no other way (a number here and a string there, integers beyond 64 bits, objects
-nested very deeply) is a string. A string column takes any value: strings as they are, all others as
-JSON text. So a column that turns out mixed only after the guess still loses nothing. Keys that
-first occur after the guess are not columns.
+nested very deeply or with thousands of keys) is a string. A string column takes any value: strings
+as they are, all others as JSON text. So a column that turns out mixed only after the guess still
+loses nothing. Keys that first occur after the guess are not columns.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from quantbatch.errors import RowError
+from quantbatch.input.schemas import MAX_COLUMNS
 from quantbatch.input.textfiles import not_utf8
 
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ def infer_type(values: Iterable[Any], depth: int = 0) -> pa.DataType:
         return pa.int64() if all(map(_INT64.__contains__, present)) else pa.string()
     if kinds <= {int, float}:
         return pa.float64()
-    if kinds == {dict} and depth < _MAX_DEPTH:
+    if kinds == {dict} and depth < _MAX_DEPTH and len(set().union(*present)) <= MAX_COLUMNS:
         return _struct_of(present, depth + 1)
     if kinds == {list} and depth < _MAX_DEPTH:
         return pa.list_(infer_type((item for value in present for item in value), depth + 1))

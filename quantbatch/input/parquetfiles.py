@@ -11,13 +11,13 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quantbatch.errors import InputError, RowError
-from quantbatch.input.schemas import plain_schema
+from quantbatch.input.schemas import check_count, plain_schema
 
 if TYPE_CHECKING:
     from quantbatch.records import Slice
@@ -35,11 +35,59 @@ _BUFFER_BYTES = 1 << 20
 """What is fetched at once of each column of a larger row group."""
 
 
-def parquet_facts(store: Store, name: str) -> tuple[int, pa.Schema]:
-    """Return the number of rows and the columns, from the footer alone."""
+MAX_FOOTER_BYTES = 1 << 28
+"""Largest footer: some 10,000 columns in 100 row groups have 100 MB."""
+MAX_ROWS = 1 << 31
+"""Most rows of a file. A few bytes of a footer can claim any number, and each would be planned."""
+MAX_EXPANSION = 1000
+MAX_EXPANDED_BYTES = 1 << 30
+"""A column of a row group may not have both this size and this many times its compressed one."""
+
+
+def parquet_facts(store: Store, name: str, size: int) -> tuple[int, pa.Schema]:
+    """Return the number of rows and the columns, from the footer alone.
+
+    Raises:
+        InputError: The footer is not one that a writer of Parquet makes of rows.
+    """
     with store.open(name) as stream:
+        if size > MAX_FOOTER_BYTES:
+            _check_footer(stream, name)
         metadata = pq.read_metadata(stream)
+        check_count(metadata.num_columns, name)
+        _check_sizes(metadata, name)
         return metadata.num_rows, plain_schema(metadata.schema.to_arrow_schema(), name)
+
+
+def _check_footer(stream: IO[bytes], name: str) -> None:
+    stream.seek(-8, 2)
+    length = int.from_bytes(stream.read(4), "little")
+    if length > MAX_FOOTER_BYTES:
+        problem = f"{name}: its footer has {length:,} bytes, more than {MAX_FOOTER_BYTES:,}"
+        raise InputError(problem, "write it with fewer columns or larger row groups")
+    stream.seek(0)
+
+
+def _check_sizes(metadata: pq.FileMetaData, name: str) -> None:
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    rows = [group.num_rows for group in groups]
+    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows or sum(rows) > MAX_ROWS:
+        problem = (
+            f"{name}: its footer claims {metadata.num_rows:,} rows, in groups of {sum(rows):,}"
+        )
+        raise InputError(problem, "the file is damaged: write it again")
+    for group in groups:
+        if group.total_byte_size < MAX_EXPANDED_BYTES:
+            continue
+        for number in range(group.num_columns):
+            column = group.column(number)
+            full, packed = column.total_uncompressed_size, column.total_compressed_size
+            if full > max(MAX_EXPANDED_BYTES, MAX_EXPANSION * packed):
+                raise InputError(
+                    f"{name}: its column {column.path_in_schema} expands from {packed:,} bytes to"
+                    f" {full:,}",
+                    "if that is meant, write the file with smaller row groups",
+                )
 
 
 def without_bad_text(table: pa.Table, piece: Slice) -> tuple[pa.Table, dict[int, RowError]]:
@@ -112,6 +160,8 @@ class ParquetCursor:
             self._stream,
             metadata=metadata,
             pre_buffer=small,
+            # Where a writer left checksums, a damaged page is known as such.
+            page_checksum_verification=True,
             buffer_size=0 if small else _BUFFER_BYTES,
         )
         there = set(metadata.schema.to_arrow_schema().names)

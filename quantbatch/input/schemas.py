@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from quantbatch.input.listing import InputFile
 
 
+MAX_COLUMNS = 10_000
+"""Most columns of a file. A line of JSON with a million keys is no row of a table."""
+
+
 def unify_schemas(files: Iterable[tuple[InputFile, pa.Schema]]) -> pa.Schema:
     """Return the schema that the rows of all files fit in.
 
@@ -96,9 +100,21 @@ def check_names(names: list[str], file: str) -> None:
     Raises:
         InputError: There are such.
     """
+    check_count(len(names), file)
     (name, times), *_ = Counter(names).most_common(1) or [("", 0)]
     if times > 1:
         raise InputError(f"{file}: has the column {name} twice", "rename one of them")
+
+
+def check_count(columns: int, file: str) -> None:
+    """Refuse a file with far too many columns.
+
+    Raises:
+        InputError: It has more than MAX_COLUMNS.
+    """
+    if columns > MAX_COLUMNS:
+        problem = f"{file}: has {columns:,} columns; at most {MAX_COLUMNS:,} can be read"
+        raise InputError(problem, "put values that belong together in one column")
 
 
 def plain_type(data_type: pa.DataType) -> pa.DataType:

@@ -25,7 +25,7 @@ from quantbatch.input.formats import Format, codec_of, format_of
 from quantbatch.input.jsonlines import Row, infer_schema, parse, read_json
 from quantbatch.input.parquetfiles import ParquetCursor, parquet_facts, without_bad_text
 from quantbatch.input.requestfiles import REQUESTS, unnamed_requests
-from quantbatch.input.schemas import unify_schemas
+from quantbatch.input.schemas import check_count, unify_schemas
 from quantbatch.input.textfiles import Mark, TextCursor, TextFile, read_csv
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def inspect(store: Store, file: InputFile, input: Input) -> FileFacts:
     with _explained(file.name, trouble=StorageError):
         kind = format_of(file.name, input)
         if kind == "parquet":
-            return FileFacts(*parquet_facts(store, file.name))
+            return FileFacts(*parquet_facts(store, file.name, file.size))
         found = _inspect_text(_text_file(store, file.name, kind, input))
         return replace(found, schema=REQUESTS) if kind == "openai-batch" else found
 
@@ -119,6 +119,8 @@ def _inspect_text(file: TextFile) -> FileFacts:
             if file.delimiter is None and row < SAMPLE_ROWS:
                 with contextlib.suppress(RowError):
                     sample.append(parse(record, file))
+    if not names:
+        check_count(len({key for parsed in sample for key in parsed}), file.name)
     schema = pa.schema([(n, pa.string()) for n in names]) if names else infer_schema(sample)
     return FileFacts(row + 1, schema, tuple(marks))
 

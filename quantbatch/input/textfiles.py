@@ -15,12 +15,14 @@ import csv
 import functools
 import io
 import itertools
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import pyarrow as pa
+from typing_extensions import override
 
 from quantbatch.errors import InputError, RowError
 from quantbatch.input.formats import codec_of
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
 
 MAX_RECORD_BYTES = 1 << 28
 """Longest record; a longer one is a file of another kind, or a quote that is never closed."""
+MAX_EXPANSION = 200
+MAX_EXPANDED_BYTES = 1 << 28
+"""Compressed text may not expand beyond both. That of people expands 3 to 10 times, records of a
+machine up to some 50, a file of one letter 1,030 with gzip."""
 _BUFFER_BYTES = 1 << 20
 _BYTE_ORDER_MARK = codecs.BOM_UTF8
 _OTHER_KINDS = {
@@ -70,6 +76,39 @@ class Record(NamedTuple):
         return self.byte_offset + len(self.data)
 
 
+class _Expanded(io.RawIOBase):
+    """Decompressed text, of which there is no end if somebody means harm: a file of 10 MB can hold
+    10 GB (gzip) and more (zstd).
+    """
+
+    def __init__(self, stream: pa.CompressedInputStream, name: str, packed: int) -> None:
+        super().__init__()
+        self._stream, self._name, self._packed = stream, name, packed
+        self._left = max(MAX_EXPANDED_BYTES, MAX_EXPANSION * packed)
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def readinto(self, buffer: Any) -> int:
+        data: bytes = self._stream.read(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise InputError(
+                f"{self._name}: its {self._packed:,} bytes expand to more than {MAX_EXPANSION}"
+                f" times as many, and {MAX_EXPANDED_BYTES:,}",
+                "if that is meant, unpack the file",
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+    @override
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
 @dataclass(frozen=True)
 class TextFile:
     """A file of JSON lines or CSV."""
@@ -88,7 +127,10 @@ class TextFile:
         raw = self.store.open(self.name, sequential=True)
         codec = codec_of(self.name)
         if codec:
-            raw = pa.CompressedInputStream(raw, codec)
+            packed = raw.seek(0, os.SEEK_END)
+            raw.seek(0)
+            opened = _Expanded(pa.CompressedInputStream(raw, codec), self.name, packed)
+            return io.BufferedReader(opened, _BUFFER_BYTES)
         return io.BufferedReader(cast("io.RawIOBase", raw), _BUFFER_BYTES)
 
     def begin(self, stream: io.BufferedReader) -> tuple[list[str], Mark]:
