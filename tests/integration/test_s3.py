@@ -105,12 +105,12 @@ def test_gc_on_s3(bucket: Bucket) -> None:
 
 
 def test_a_missing_bucket_is_one_quick_error(s3_endpoint: str) -> None:
-    store = S3Store("s3://no-such-bucket-here/out", Storage(endpoint_url=s3_endpoint))
+    store = S3Store("s3://no-such-bucket-here/out", Storage(endpoint_url=s3_endpoint), known=True)
     started = time.monotonic()
     with pytest.raises(StorageError, match="bucket") as caught:
         probe(store)
     assert caught.value.hint
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20, "1 s but on a busy machine; trying again takes 150 s"
 
 
 def test_no_server_is_one_error() -> None:
@@ -119,4 +119,4 @@ def test_no_server_is_one_error() -> None:
     with pytest.raises(StorageError) as caught:
         probe(store)
     assert caught.value.hint
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 60, "12 s but on a busy machine"
