@@ -1,6 +1,6 @@
 """The entry point of a Ray job.
 
-    ray job submit --working-dir . -- python jobs/run.py configs/quickstart.yaml
+    ray job submit --working-dir=. --runtime-env=jobs/runtime_env.yaml python jobs/run.py job.yaml
 
 Takes what `quantbatch run` takes. The last line that it prints is one JSON document with the
 outcome, because `ray job submit` keeps no more of an exit code than whether it was 0.

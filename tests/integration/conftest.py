@@ -87,6 +87,8 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> Iter
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
         "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4", "--num-gpus=2",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        # Jobs are submitted through the agent, whose usual port another head may have.
+        f"--dashboard-agent-listen-port={free_port()}",
         f"--temp-dir={folder}", "--disable-usage-stats", f"--object-store-memory={512 << 20}",
     ]  # fmt: skip
     log = tmp_path_factory.mktemp("ray") / "log"

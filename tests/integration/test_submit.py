@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 from typing import TYPE_CHECKING
 
@@ -42,10 +43,17 @@ def ray_job(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def submit(head: Head, spec: Path, *options: str, name: str) -> subprocess.CompletedProcess[str]:
-    return ray_job(
-        head, "submit", "--working-dir=.", f"--submission-id={name}", *options,
+    arguments = [
+        "submit", "--working-dir=.", f"--submission-id={name}", *options,
         "--", "python", "jobs/run.py", str(spec),
-    )  # fmt: skip
+    ]  # fmt: skip
+    deadline = time.monotonic() + 90
+    while True:
+        done = ray_job(head, *arguments)
+        # On a busy machine the head answers before its agent is there.
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            return done
+        time.sleep(2)
 
 
 def stop(head: Head, name: str) -> None:
@@ -55,6 +63,13 @@ def stop(head: Head, name: str) -> None:
     request = urllib.request.Request(f"{head.dashboard}/api/jobs/{name}/stop", method="POST")
     with urllib.request.urlopen(request, timeout=60) as response:
         assert json.load(response) == {"stopped": True}
+
+
+def ended(head: Head, name: str) -> bool:
+    """Tell whether a job has ended, however."""
+    with urllib.request.urlopen(f"{head.dashboard}/api/jobs/{name}", timeout=60) as response:
+        status: str = json.load(response)["status"]
+        return status in ("STOPPED", "FAILED", "SUCCEEDED")
 
 
 @pytest.mark.timeout(240)
@@ -71,7 +86,8 @@ def test_submitted_and_waited_for(tmp_path: Path, ray_head: Head) -> None:
 @pytest.mark.timeout(300)
 def test_stopped_half_way_and_submitted_again(tmp_path: Path, ray_head: Head) -> None:
     spec = write_spec(tmp_path, {"uri": str(tmp_path / "out")})
-    started = submit(ray_head, spec, "--no-wait", name="stopped")
+    patience = "--runtime-env=jobs/runtime_env.yaml"
+    started = submit(ray_head, spec, patience, "--no-wait", name="stopped")
     assert started.returncode == 0, started.stdout + started.stderr
     commits = tmp_path / "out" / "_quantbatch" / "commits"
 
@@ -80,9 +96,13 @@ def test_stopped_half_way_and_submitted_again(tmp_path: Path, ray_head: Head) ->
 
     wait_for(some, timeout_s=90, what="a few commits")
     stop(ray_head, "stopped")
+    wait_for(lambda: ended(ray_head, "stopped"), timeout_s=60, what="the job to end")
     assert not (tmp_path / "out" / "_SUCCESS").exists()
     before = sum(1 for _ in commits.iterdir())
     assert before < 24
+    # It had the time to finish what was under way.
+    computed = list((tmp_path / "out" / "_quantbatch" / "data").iterdir())
+    assert len(computed) == before
 
     again = submit(ray_head, spec, name="continued")
     assert again.returncode == 0, again.stdout + again.stderr
