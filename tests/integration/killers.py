@@ -10,15 +10,17 @@ import itertools
 import os
 import re
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
 from quantbatch import replica
 from quantbatch.engine.echo import EchoEngine
+from quantbatch.input import sources
 from quantbatch.model.checkpoint import find_checkpoint
 from quantbatch.prompts.tokens import tokenizer_of
 from quantbatch.replica import LoadedEngine, Replica
+from quantbatch.stages import Reader
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,8 +28,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from quantbatch.gate import Door
-    from quantbatch.records import Answer, Request
+    from quantbatch.input.sources import SliceRows
+    from quantbatch.records import Answer, Request, Slice
     from quantbatch.replica import ReplicaJob
+    from quantbatch.stages import ReadJob
+    from quantbatch.storage import Store
 
 
 def kill(how: str) -> None:
@@ -79,6 +84,23 @@ class KillingReplica(Replica):
     def __init__(self, job: ReplicaJob, door: Door | None = None) -> None:
         replica.load_engine = _load
         super().__init__(job, door)
+
+
+class KillingReader(Reader):
+    """A reader that a file named `deadly` kills, as a damaged one may kill the library."""
+
+    def __init__(self, job: ReadJob, door: Door) -> None:
+        super().__init__(job, door)
+        module: Any = sources
+        real = module.read_slice
+
+        def read(store: Store, piece: Slice, *rest: Any) -> SliceRows:
+            if piece.file.startswith("deadly"):
+                kill("segfault")
+            found: SliceRows = real(store, piece, *rest)
+            return found
+
+        module.read_slice = read
 
 
 class DoomedReplica(Replica):

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from quantbatch import pipeline, rounds, trials
+from quantbatch import pipeline, rounds, stages, trials
 from quantbatch.errors import Stopped
+from quantbatch.report import Outcome
 from quantbatch.spec import JobSpec
 from quantbatch.suspects import FOLDER, attempts_for_a_row
 from quantbatch.verify import verify
@@ -80,6 +81,28 @@ def test_rows_that_kill_become_error_rows(
     with capsys.disabled():
         print(f"\npoison rows={len(poison)} attempts={tried}")
     assert max(tried.values()) <= attempts_for_a_row(ROWS_PER_CHUNK)
+
+
+@pytest.mark.timeout(300)
+def test_a_file_that_kills_its_reader_is_named_and_stops_nothing(
+    tmp_path: Path, ray_head: Head
+) -> None:
+    spec = job(tmp_path, ray_head, {}, chunk=ROWS)
+    whole = pq.read_table(tmp_path / "in" / "rows.parquet")
+    for name, first in (("a", 0), ("deadly", 7), ("z", 14)):
+        pq.write_table(whole.slice(first, 7), tmp_path / "in" / f"{name}.parquet")
+    (tmp_path / "in" / "rows.parquet").unlink()
+
+    with patch.object(stages, "Reader", killers.KillingReader):
+        report = pipeline.run(spec)
+
+    assert (report.outcome, report.exit_code) == (Outcome.INPUT_UNREADABLE, 1)
+    assert list(report.unreadable) == ["deadly.parquet"]
+    assert "Segmentation fault" in report.unreadable["deadly.parquet"]
+    answers = pq.read_table(tmp_path / "out" / "part-000000.parquet").to_pylist()
+    wrong = [row["row_id"] for row in answers if row["status"] == "error"]
+    assert wrong == [f"deadly.parquet:{n}" for n in range(7)]
+    assert {row["error_type"] for row in answers} == {None, "process_died"}
 
 
 @pytest.mark.timeout(300)
