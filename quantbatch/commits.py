@@ -74,6 +74,8 @@ class Commit(NamedTuple):
     sha256: str
     """Of the data file, as hex."""
     counts: Counts
+    prompts: str = ""
+    """Digest of the prompts of the rows that this attempt answered, see `rows.prompts_digest`."""
 
     def to_bytes(self) -> bytes:
         """Return the record as JSON."""
@@ -138,7 +140,8 @@ def commit_chunk(store: Store, chunk: int, answered: pa.Table, target: OutputFor
     pq.write_table(table, sink, compression=target.compression)
     data = sink.getvalue().to_pybytes()
     store.put(data_key(chunk, attempt), data)
-    ours = Commit(chunk, attempt, table.num_rows, hashlib.sha256(data).hexdigest(), counts)
+    sha256 = hashlib.sha256(data).hexdigest()
+    ours = Commit(chunk, attempt, table.num_rows, sha256, counts, facts.prompts)
     key = commit_key(chunk, again.retry if again else 0)
     theirs = record_of(Commit, store.claim(key, ours.to_bytes()))
     if theirs.attempt != attempt:

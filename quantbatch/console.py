@@ -362,6 +362,8 @@ def say_verdict(document: Mapping[str, Any]) -> None:
         rows.insert(0, (side, f"{several(document[f'rows_{way}'], 'row')} in {files}"))
     if document["rows_left"]:
         rows.append(("to do", f"{several(document['rows_left'], 'row')} not published yet"))
+    if document["prompts_same"] is not None:
+        rows.append(("prompts", f"{several(document['prompts_same'], 'row')} rendered the same"))
     for problem in document["problems"]:
         rows.append(("problem", f"{problem['kind']}: {problem['count']:,}"))
         rows += [("", one_line(example)) for example in problem["examples"]]

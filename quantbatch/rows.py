@@ -13,6 +13,7 @@ metadata.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -54,6 +55,8 @@ class ChunkFacts:
     replica: ReplicaStats = field(default_factory=ReplicaStats)
     again: Again | None = None
     """Which rows of the chunk these are, if they are answered again."""
+    prompts: str = ""
+    """Digest of the rendered prompts, see `prompts_digest`."""
     held_back: bool = False
     """Whether the run takes no more chunks; the rows are then absent."""
     commits: bool = True
@@ -130,6 +133,18 @@ def rendered(
         "error_message": pa.array(messages, pa.string()),
     }
     return pa.table(columns)
+
+
+def prompts_digest(prompt_ids: pa.Array) -> str:
+    """Return the SHA-256 of prompts, null where a row has none, as hex.
+
+    With it `verify --prompts` can tell that a run rendered the rows as they are rendered now: by
+    the same template, with the same tokenizer, of the same values.
+    """
+    lengths = pc.fill_null(pc.list_value_length(prompt_ids), -1).cast(pa.int32())
+    digest = hashlib.sha256(lengths.to_numpy(zero_copy_only=False))
+    digest.update(pc.list_flatten(prompt_ids).cast(pa.int32()).to_numpy(zero_copy_only=False))
+    return digest.hexdigest()
 
 
 def _without(prompt_ids: pa.Array, errors: Mapping[int, RowError]) -> pa.Array:

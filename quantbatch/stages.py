@@ -117,6 +117,7 @@ def read_and_render(chunk: Chunk, *, job: ReadJob) -> pa.Table:
         unreadable=unreadable,
         again=chunk.again,
         commits=chunk.trial is None or chunk.trial.commits,
+        prompts=rows.prompts_digest(prompts.token_ids),
     )
     return pack(chunk.id, rows.with_facts(found, facts))
 

@@ -11,7 +11,8 @@ go together; and the counts in `_SUCCESS` are those of the rows.
 
 That an answer is the one that was computed can't be seen from the two ends. For it each file is
 held against the records in between, see `verify_records`: it has the bytes, or at least the rows,
-of the attempts that were committed, and none of its rows was answered again since.
+of the attempts that were committed, and none of its rows was answered again since. That a prompt is
+the one that the template makes of the row is proven if it is asked for, see `verify_prompts`.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class Verdict:
     """Rows of the input that an unfinished job has not published yet."""
     files_as_committed: int
     """Files of the output that were found to be what was committed."""
+    prompts_same: int | None
+    """Rows whose prompts are rendered now as they were then; None if that was not asked."""
     counts: Counts
     """As counted from the output's rows."""
     problems: tuple[Problem, ...]
@@ -90,6 +93,7 @@ class Verdict:
             "files_out": self.files_out,
             "rows_left": self.rows_left,
             "files_as_committed": self.files_as_committed,
+            "prompts_same": self.prompts_same,
             "counts": self.counts.to_json(),
             "problems": [
                 {"kind": p.kind, "count": p.count, "examples": list(p.examples)}
@@ -98,12 +102,18 @@ class Verdict:
         }
 
 
-def verify(spec: JobSpec) -> Verdict:
+def verify(spec: JobSpec, *, prompts: bool = False) -> Verdict:
     """Read input and output of a job again and compare them.
+
+    Args:
+        spec: The job.
+        prompts: Render the prompts again too, and compare them with those that were answered: for
+            this the model's tokenizer has to be there.
 
     Raises:
         InputError: There is no job on the output, or the input can't be listed.
         Refused: The output's records are of another format.
+        JobError: The prompts can't be rendered again.
         StorageError: A store can't be reached.
     """
     store = open_store(spec.output.uri, spec.output.storage)
@@ -120,6 +130,11 @@ def verify(spec: JobSpec) -> Verdict:
     # A file that does not go with the input is wrong already: how, is told.
     proven = sum(both.read(part, schema) and committed.check(part) for part in parts)
     both.end(parts)
+    prompts_same = None
+    if prompts:
+        from quantbatch.verify_prompts import check_prompts  # takes seconds to import
+
+        prompts_same = check_prompts(spec, problems)
     counts = both.counts
     if claims.counts and spec.output.format == "openai-batch":
         # The line of a failed request does not tell its prompt's tokens.
@@ -137,6 +152,7 @@ def verify(spec: JobSpec) -> Verdict:
         files_out=len(parts),
         rows_left=both.rows_left,
         files_as_committed=proven,
+        prompts_same=prompts_same,
         counts=both.counts,
         problems=problems.found(),
     )

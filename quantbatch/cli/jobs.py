@@ -275,13 +275,21 @@ def status(
             console.say(console.status_table(document))
 
 
-def verify(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def verify(
+    spec: SpecPath,
+    prompts: Annotated[
+        bool,
+        typer.Option("--prompts", help="Render every prompt again, and compare; needs the model."),
+    ] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
     """Read input and output again and prove that every row is answered exactly once."""
     with outcome(as_json):
         job = load(spec, overrides)
         from quantbatch.verify import verify as verify_job
 
-        verdict = verify_job(job)
+        verdict = verify_job(job, prompts=prompts)
         if as_json:
             console.say_document(verdict.to_json())
         else:
