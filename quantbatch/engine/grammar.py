@@ -46,6 +46,9 @@ NO_TOKEN = (
     "task.response: bad_words and the form of the answer leave no token to go on with, or the"
     " model's scores are not finite"
 )
+_PENALTIES = torch.where((torch.arange(256)[:, None] >> torch.arange(8)) & 1 > 0, 0.0, -torch.inf)
+"""What is added to the scores of eight tokens, by the byte of their mask. Looked up and added,
+masks take 4.4 ms of a CPU for 32 rows of 150,000 words, unpacked and filled in 7 to 21."""
 MOST_THREADS = 4
 """Threads that fill masks: 32 masks take half a millisecond of one."""
 
@@ -218,21 +221,21 @@ class Masks:
     def apply(self, scores_BV: Tensor) -> Tensor:
         """Return scores in which no token has a chance that is not allowed; waits for the masks."""
         self._filled.result()
-        refused_RV = ~self._unpacked()[:, : self._vocabulary]
         if len(self._places) == len(scores_BV):
-            return scores_BV.masked_fill(refused_RV, -torch.inf)
+            return self._masked(scores_BV)
         places_R = torch.tensor(self._places, device=scores_BV.device)
-        masked_RV = scores_BV[places_R].masked_fill(refused_RV, -torch.inf)
-        return scores_BV.index_copy(0, places_R, masked_RV)
+        return scores_BV.index_copy(0, places_R, self._masked(scores_BV[places_R]))
 
-    def _unpacked(self) -> Tensor:
-        """Return which tokens are allowed, one bool each."""
+    def _masked(self, scores_RV: Tensor) -> Tensor:
         if self._device.type == "cpu":
-            packed = self._bits_RW.numpy().view(np.uint8)
-            return torch.from_numpy(np.unpackbits(packed, axis=1, bitorder="little").view(np.bool_))
+            table_8 = _PENALTIES.to(scores_RV.dtype)
+            bytes_RW = self._bits_RW.view(torch.uint8).int()
+            penalties_RV = torch.nn.functional.embedding(bytes_RW, table_8).flatten(1)
+            return scores_RV + penalties_RV[:, : self._vocabulary]
         bits_RW = self._bits_RW.to(self._device, non_blocking=True)
         places_32 = torch.arange(32, dtype=torch.int32, device=self._device)
-        return ((bits_RW[:, :, None] >> places_32) & 1).bool().flatten(1)
+        refused_RV = ((bits_RW[:, :, None] >> places_32) & 1).logical_not().flatten(1)
+        return scores_RV.masked_fill(refused_RV[:, : self._vocabulary], -torch.inf)
 
 
 def _grammar(request: Request) -> Grammar | None:

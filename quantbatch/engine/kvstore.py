@@ -7,6 +7,7 @@ same arithmetic on both.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -36,7 +37,7 @@ class Span(NamedTuple):
     """Where the piece begins in the packed sequence."""
     blocks: Sequence[int]
     """The row's blocks, in order."""
-    parents: Sequence[int] = ()
+    parents: tuple[int, ...] = ()
     """If these are tokens of candidates, the place among them of the one before each, -1 for the
     row's last: each sees the row, those before it and itself, and none is kept. Such spans come
     last."""
@@ -90,8 +91,11 @@ class KvStore(Protocol):
         ...
 
 
-def sees_each_other(parents: Sequence[int]) -> Tensor:
-    """Return which of candidates' tokens each of them sees, (N, N): its path and itself."""
+@lru_cache(maxsize=64)
+def sees_each_other(parents: tuple[int, ...]) -> Tensor:
+    """Return which of candidates' tokens each of them sees, (N, N): its path and itself; it is
+    remembered and must not be changed.
+    """
     sees_NN = torch.eye(len(parents), dtype=torch.bool)
     for place, parent in enumerate(parents):
         if parent >= 0:

@@ -10,6 +10,7 @@ the prompt; each sees the prompt, its ancestors and itself.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -65,8 +66,10 @@ class _Node:
     edges: list[Edge] = field(default_factory=list)
 
 
-def grow(candidates: Sequence[Sequence[int]], most_nodes: int) -> Tree:
-    """Make the tree of some candidates.
+@lru_cache(maxsize=64)
+def grow(candidates: tuple[tuple[int, ...], ...], most_nodes: int) -> Tree:
+    """Make the tree of some candidates. Remembered: most jobs have the same for all rows, and that
+    of 45 labels takes a millisecond.
 
     Args:
         candidates: Their token ids; none is empty, and none has more than `most_nodes` + 1.

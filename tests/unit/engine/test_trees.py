@@ -29,7 +29,7 @@ def asked(tree: Tree) -> dict[int, tuple[int, ...]]:
 def test_every_token_of_every_candidate_is_asked_for_once(
     candidates: list[tuple[int, ...]], most: int
 ) -> None:
-    tree = grow(candidates, most)
+    tree = grow(tuple(map(tuple, candidates)), most)
     found = asked(tree)
     assert len(found) == tree.edges
     for candidate, path in zip(candidates, tree.paths, strict=True):
@@ -42,7 +42,7 @@ def test_every_token_of_every_candidate_is_asked_for_once(
 def test_a_group_is_no_larger_than_it_may_be_and_has_ancestors_first(
     candidates: list[tuple[int, ...]], most: int
 ) -> None:
-    for group in grow(candidates, most).groups:
+    for group in grow(tuple(map(tuple, candidates)), most).groups:
         assert 0 < len(group.tokens) <= most
         assert all(parent < place for place, parent in enumerate(group.parents))
         assert group.depths == [
@@ -51,14 +51,14 @@ def test_a_group_is_no_larger_than_it_may_be_and_has_ancestors_first(
 
 
 def test_labels_of_one_token_need_nothing_beyond_the_prompt() -> None:
-    tree = grow([(5,), (9,), (5,)], 8)
+    tree = grow(((5,), (9,), (5,)), 8)
     assert tree.groups == ()
     assert [edge.token for edge in tree.first] == [5, 9]
     assert tree.paths == ((0,), (1,), (0,))
 
 
 def test_what_labels_have_in_common_is_one_node() -> None:
-    tree = grow([(1, 2, 3), (1, 2, 4), (1, 5)], 8)
+    tree = grow(((1, 2, 3), (1, 2, 4), (1, 5)), 8)
     (group,) = tree.groups
     assert group.tokens == (1, 2)
     assert [[edge.token for edge in edges] for edges in group.wanted] == [[2, 5], [3, 4]]
