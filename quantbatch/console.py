@@ -8,6 +8,7 @@ out what stood above, a right-to-left mark makes a line read as another one.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import override
 
 from quantbatch.errors import JobError, SpecError
+from quantbatch.storage import redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -90,6 +93,14 @@ def _print(to: Console, what: str | Table, style: str) -> None:
             to.print(what)
         # A table is as wide as its widest line; a log needs no spaces after the others.
         to.out("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+class Warnings(logging.Handler):
+    """Prints what the log warns of as everything else is printed: names in it are strangers'."""
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        note(redact(self.format(record)))
 
 
 def say_document(document: Mapping[str, Any]) -> None:

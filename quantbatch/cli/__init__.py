@@ -16,6 +16,7 @@ quantbatch itself.
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -48,6 +49,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             # A file name or a row may hold what the terminal's encoding lacks.
             stream.reconfigure(errors="backslashreplace")
+    log = logging.getLogger("quantbatch")
+    if not any(isinstance(handler, console.Warnings) for handler in log.handlers):
+        log.addHandler(console.Warnings(logging.WARNING))
     args = sys.argv[1:] if args is None else list(args)
     if _WITHOUT_PANDAS & set(args[:1]):
         _keep_pandas_away()

@@ -13,6 +13,7 @@ import typer
 
 from quantbatch import console
 from quantbatch.errors import JobError, SpecError
+from quantbatch.storage import redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -63,8 +64,8 @@ def outcome(as_json: bool) -> Iterator[None]:
     except (typer.Exit, BrokenPipeError):
         raise
     except Exception as error:  # noqa: BLE001 - the last line on stdout is a document whatever happens
-        sys.stderr.write(console.plain(traceback.format_exc()))
-        said = f"{type(error).__name__}: {error}"
+        sys.stderr.write(console.plain(redact(traceback.format_exc())))
+        said = redact(f"{type(error).__name__}: {error}")
         leave({"outcome": "crashed", "exit_code": EXIT_OUR_FAULT, "error": said}, as_json)
 
 

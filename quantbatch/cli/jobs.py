@@ -170,11 +170,14 @@ def _plan_model(
 ) -> None:
     from quantbatch.documents import describe_model_plan
     from quantbatch.forecast import look_at_model
+    from quantbatch.places import without_credentials
     from quantbatch.spec import Model
 
-    found = look_at_model(
-        Model(id=name), card, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens
-    )
+    try:
+        model = Model(id=without_credentials(name))
+    except ValueError as error:
+        raise SpecError(JobError(f"--model: {error}")) from None
+    found = look_at_model(model, card, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens)
     document = describe_model_plan(found)
     if not as_json:
         console.say(name, "bold")

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantbatch.errors import Refused, StorageError
+from quantbatch.places import without_credentials
 from quantbatch.storage.contract import PRIVATE, FileInfo, Store
 from quantbatch.storage.local import LocalStore
 from quantbatch.storage.s3 import S3Store
@@ -67,7 +68,14 @@ def open_store(uri: str, storage: Storage, *, known: bool = False) -> Store:
         uri: Where.
         storage: How to reach it, if it is S3.
         known: Whether this job has been answered by it, so that silence is an outage.
+
+    Raises:
+        StorageError: It is no place that we know, or holds credentials.
     """
+    try:
+        without_credentials(uri)
+    except ValueError as error:
+        raise StorageError(str(error)) from None
     if uri.startswith("s3:"):
         if not re.match(r"s3://[^/]", uri):
             raise StorageError(f"{uri}: names no bucket", "write s3://bucket/prefix")

@@ -96,4 +96,4 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> Iter
         url = f"http://127.0.0.1:{dashboard}"
         wait_for(lambda: answers(f"{url}/api/version"), timeout_s=90, what="the Ray head")
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        yield Head(f"127.0.0.1:{port}", url)
+        yield Head(f"127.0.0.1:{port}", url, str(folder))

@@ -106,6 +106,8 @@ class Head(NamedTuple):
 
     address: str
     dashboard: str
+    folder: str
+    """Where Ray keeps its logs."""
 
 
 def write_spec(folder: Path, output: dict[str, Any]) -> Path:
