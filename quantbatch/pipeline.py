@@ -9,6 +9,7 @@ none is; `stages.py` and `replica.py` are what happens to a chunk there, in Ray'
 from __future__ import annotations
 
 import contextlib
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from quantbatch.progress import Progress
     from quantbatch.records import Chunk, Receipt
     from quantbatch.spec import JobSpec
+
+logger = logging.getLogger(__name__)
 
 PUBLISHED_AT_ONCE = 2
 """Shards that are published at the same time: one is read while the other is written."""
@@ -165,7 +168,10 @@ def _report(job: Job, figures: RunFigures, *, nothing_to_do: bool = False) -> Ru
         left = sum(1 for _ in ledger.undone())
         raise Stopped(f"{left:,} chunks were not answered", "the same command continues the job")
     if not job.missing and not nothing_to_do:
-        ledger.succeed()
+        try:
+            ledger.succeed()
+        except StorageError as error:
+            raise Stopped(error.problem, error.hint) from error
     figures.total_s = figures.elapsed_s
     report = RunReport(
         name=job.spec.name,
@@ -177,7 +183,10 @@ def _report(job: Job, figures: RunFigures, *, nothing_to_do: bool = False) -> Ru
         run=figures,
     )
     if not nothing_to_do:
-        ledger.summarize(report.to_json() | {"timeline": figures.timeline_json()})
+        try:
+            ledger.summarize(report.to_json() | {"timeline": figures.timeline_json()})
+        except StorageError as error:
+            logger.warning("the job is done, but its report could not be kept: %s", error.problem)
     return report
 
 

@@ -15,7 +15,6 @@ quantbatch itself.
 
 from __future__ import annotations
 
-import io
 import logging
 import sys
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from quantbatch import __version__, console
-from quantbatch.cli import files, jobs, models, repeat
+from quantbatch.cli import files, jobs, models, repeat, streams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,17 +44,17 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     Args:
         args: What follows the command's name; None takes it from the process.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A file name or a row may hold what the terminal's encoding lacks.
-            stream.reconfigure(errors="backslashreplace")
+    stdout = streams.forgive()
     log = logging.getLogger("quantbatch")
     if not any(isinstance(handler, console.Warnings) for handler in log.handlers):
         log.addHandler(console.Warnings(logging.WARNING))
     args = sys.argv[1:] if args is None else list(args)
     if _WITHOUT_PANDAS & set(args[:1]):
         _keep_pandas_away()
-    app(args=args, prog_name="quantbatch")
+    try:
+        app(args=args, prog_name="quantbatch")
+    except SystemExit as left:
+        sys.exit(streams.code_after(left.code, stdout, args))
     raise AssertionError("typer leaves by itself")
 
 

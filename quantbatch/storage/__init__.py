@@ -39,7 +39,7 @@ from quantbatch.places import without_credentials
 from quantbatch.storage.contract import PRIVATE, FileInfo, Store
 from quantbatch.storage.local import LocalStore
 from quantbatch.storage.s3 import S3Store
-from quantbatch.storage.trouble import explained, redact
+from quantbatch.storage.trouble import NO_ROOM, explained, redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,9 +122,21 @@ def probe(store: Store) -> None:
 
 @contextlib.contextmanager
 def scratch_file() -> Iterator[Path]:
-    """Give the path of a local file to build an object in; it is removed afterwards."""
-    with tempfile.TemporaryDirectory(prefix="quantbatch-") as folder:
-        yield Path(folder, "object")
+    """Give the path of a local file to build an object in; it is removed afterwards.
+
+    Raises:
+        StorageError: There is no room for it.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="quantbatch-") as folder:
+            yield Path(folder, "object")
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise StorageError(
+            f"{tempfile.gettempdir()}: {os.strerror(error.errno)}, for a file of the output",
+            "make room there or set TMPDIR to a folder with room, and run the same command again",
+        ) from error
 
 
 def local_folder(store: Store, key: str) -> Path | None:

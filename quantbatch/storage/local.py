@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import uuid
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ from quantbatch.storage.trouble import explained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+STALE_READS = 3
+"""Of a file that NFS says is stale: each opens what the name leads to now. A full disk, and all
+else that a local one says, is no better a moment later, and not tried again; signals that interrupt
+a call are Python's own matter (PEP 475)."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class LocalStore:
     def read(self, key: str) -> bytes:
         """See `Store`."""
         with explained(self.uri):
-            return self._path(key).read_bytes()
+            return _read(self._path(key))
 
     def open(self, key: str, *, sequential: bool = False) -> IO[bytes]:
         """See `Store`."""
@@ -118,7 +124,7 @@ class LocalStore:
             with contextlib.suppress(FileExistsError), self._scratch(key, data) as scratch:
                 os.link(scratch, self._target(key))
                 _sync_folder(self._path(key).parent)
-            return self._path(key).read_bytes()
+            return _read(self._path(key))
 
     def delete(self, key: str) -> None:
         """See `Store`."""
@@ -144,6 +150,17 @@ class LocalStore:
             yield scratch
         finally:
             scratch.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> bytes:
+    """Read a file, also one that another machine on NFS replaces meanwhile."""
+    for left in reversed(range(STALE_READS)):
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            if error.errno != errno.ESTALE or not left:
+                raise
+    raise AssertionError("it was read or it raised")
 
 
 def _leads_back(folder: Path, link: str) -> bool:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What systems say where something is too large to be written."""
 _OVERLOADED = {408, 429, *range(500, 600)} - {501}
 
 

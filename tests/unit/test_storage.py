@@ -134,6 +134,25 @@ def test_a_failed_write_leaves_nothing(store: Store, monkeypatch: pytest.MonkeyP
     assert list(store.list()) == []
 
 
+def test_a_stale_file_is_opened_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS, when another machine replaced it; but not for ever, and nothing else is."""
+    store.put("a", b"data")
+    read, errors = Path.read_bytes, [errno.ESTALE, errno.ESTALE]
+
+    def stale(path: Path) -> bytes:
+        if errors:
+            number = errors.pop()
+            raise OSError(number, os.strerror(number))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    assert store.read("a") == b"data"
+    for errors in ([errno.ESTALE] * 9, [errno.EIO] * 9):
+        with pytest.raises(StorageError):
+            store.read("a")
+        assert len(errors) >= 6
+
+
 def test_no_reader_sees_a_file_that_is_being_written(tmp_path: Path) -> None:
     """A watcher that looks all the while sees each version whole, or none."""
     store = LocalStore(str(tmp_path))
