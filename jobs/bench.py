@@ -234,7 +234,10 @@ def engine(
 
 @app.command()
 def label(
-    cases: Cases = ["classify-32", "classify-4", "score-32", "embed-32"],  # noqa: B006
+    cases: Cases = [  # noqa: B006
+        *("classify-32", "classify-4", "short-32", "shared-32"),
+        *("score-32", "embed-32"),
+    ],
     rows: int = 128,
     repetitions: int = 2,
     threads: int = 2,

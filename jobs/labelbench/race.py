@@ -24,7 +24,9 @@ from jobs.labelbench.contenders import (
 )
 
 SEED = 20_260_102
-PROMPT_TOKENS = 200
+PROMPTS = {"classify": (0, 200), "short": (0, 20), "shared": (192, 20)}
+"""Tokens of a beginning that all rows share, and of a row's own prompt, of the cases that label. Of
+192 all are whole blocks, which are computed once."""
 LABEL_TOKENS = (1, 1, 2, 2, 3, 3, 4, 4)
 """Tokens of each label."""
 WARM_UP_ROWS = 8
@@ -64,8 +66,11 @@ def _workload(task: str, loaded: Loaded, count: int) -> tuple[list[Row], list[Co
     words = Words(loaded.tokenizer)
     random = np.random.default_rng(SEED)
     match task:
-        case "classify":
-            rows = words.rows(words.prompts(random, [PROMPT_TOKENS] * count), [1] * count)
+        case "classify" | "short" | "shared":
+            shared, own = PROMPTS[task]
+            [beginning] = words.prompts(random, [shared])
+            prompts = [beginning + each for each in words.prompts(random, [own] * count)]
+            rows = words.rows(prompts, [1] * count)
             labels: list[Tokens] = [tuple(each) for each in words.prompts(random, LABEL_TOKENS)]
             return rows, classifying(loaded, labels)
         case "score":
