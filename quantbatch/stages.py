@@ -190,7 +190,8 @@ def _read(job: ReadJob, chunk: Chunk) -> _ReadRows:
     for piece in chunk.slices:
         partition = listing.partition_of(piece.file)
         try:
-            _must_not_read(chunk.trial, before, before + piece.rows)
+            if chunk.trial and chunk.again is None:
+                _must_not_read(chunk.trial, before, before + piece.rows)
             found = sources.read_slice(store, piece, job.spec.input, job.schema, partition)
         except InputError as error:
             # A file that was sound when it was planned: its rows are error rows, its neighbours in
@@ -203,14 +204,12 @@ def _read(job: ReadJob, chunk: Chunk) -> _ReadRows:
     return _ReadRows(pa.concat_tables(tables), errors, unreadable)
 
 
-def _must_not_read(trial: Trial | None, low: int, high: int) -> None:
+def _must_not_read(trial: Trial, low: int, high: int) -> None:
     """Leave out a slice that an attempt has no rows of, or whose reading kills.
 
     Raises:
         InputError: It is left out.
     """
-    if trial is None:
-        return
     for blame in trial.blamed:
         if blame.unread and blame.low <= low and high <= blame.high:
             raise InputError(blame.message)
