@@ -273,12 +273,17 @@ def _context_tokens(config: Mapping[str, Any]) -> int | None:
 
 def _chat_template(folder: Path) -> str | None:
     """Find the template in any of its three places, in the order in which transformers looks."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path = folder / "chat_template.jinja"
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ModelError(f"{path} can't be read: {error}") from error
     for name in ("chat_template.json", "tokenizer_config.json"):
         found = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
         if isinstance(found, list):
-            found = next((each["template"] for each in found if each["name"] == "default"), None)
+            named = {each.get("name"): each for each in found if isinstance(each, dict)}
+            found = named.get("default", {}).get("template")
         if isinstance(found, str):
             return found
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+SHARD = re.compile(r"[^/\\\0]+\.safetensors")
+"""Name of a file of weights; a path would lead out of the model's folder."""
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that the safetensors library itself accepts."""
 
@@ -85,6 +88,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
     found = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise ModelError(f"{folder / INDEX_FILE} has no weight_map")
+    odd = {str(name) for name in found.values() if not SHARD.fullmatch(str(name))}
+    if odd:
+        raise ModelError(
+            f"{folder / INDEX_FILE} names {few(odd)}, and weights are files in the model's own"
+            " folder that end in .safetensors",
+            "pickles can run code when they are read: convert the model where you trust it",
+        )
     return found
 
 
@@ -108,7 +118,7 @@ def read_header(path: Path) -> Header:
             TensorInfo(name, str(entry["dtype"]), tuple(map(int, entry["shape"])))
             for name, entry in entries.items()
         )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} has a damaged header: {error!r}") from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:
@@ -140,7 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} can't be read: {error}") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path} holds no JSON object")

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from quantbatch.model.formats import Verdict
     from quantbatch.spec import Model, Quantization
 
+_IMPLEMENTATIONS = ("_implementation", "_implementation_internal")
+"""How fields of config.json end that say which function computes attention or experts."""
 CAUSAL_ARCHITECTURES = frozenset({"GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "CTRLLMHeadModel"})
 """Causal language models whose class is not called ...ForCausalLM."""
 
 
 def refuse_foreign_code(checkpoint: Checkpoint) -> None:
     """Refuse a model that needs code which may not run, or that nobody has pinned."""
+    _refuse_kernels(checkpoint)
     if checkpoint.trusted:
         _refuse_unpinned_code(checkpoint)
         return
@@ -39,6 +42,21 @@ def refuse_foreign_code(checkpoint: Checkpoint) -> None:
             f" model.trust_remote_code: true and {pinned}"
             f"{'' if checkpoint.commit else ', with model.id as the name of a repository'}",
         )
+
+
+def _refuse_kernels(checkpoint: Checkpoint) -> None:
+    """Refuse a function that config.json takes from a repository, which transformers would fetch
+    and run without asking if the package `kernels` is there (CVE-2026-4372 before 5.3).
+    """
+    parts = [checkpoint.config, *(c for c in checkpoint.config.values() if isinstance(c, dict))]
+    for part in parts:
+        for name, value in part.items():
+            if name.endswith(_IMPLEMENTATIONS) and "/" in str(value):
+                raise ModelError(
+                    f"config.json of {checkpoint.id} takes code from elsewhere: {name} is"
+                    f" {str(value)[:200]!r}",
+                    f"remove {name} from config.json: quantbatch chooses it itself",
+                )
 
 
 def _refuse_unpinned_code(checkpoint: Checkpoint) -> None:

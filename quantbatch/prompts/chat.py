@@ -32,11 +32,13 @@ CHAT_ERRORS = (
 
 
 def require_chat_template(prompt: spec.Prompt, chat_template: str | None) -> None:
-    """Refuse a chat with a model that has no chat template.
+    """Refuse a chat with a model that has no chat template, or one that is none.
 
     Raises:
-        ModelError: It has none.
+        ModelError: It has none, or it can't be compiled.
     """
+    if prompt.format == "chat" and chat_template:
+        _compiled(chat_template)
     if prompt.format == "chat" and not chat_template:
         raise ModelError(
             "the model has no chat template, and prompt.format is chat",

@@ -5,24 +5,25 @@ else.
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from typing_extensions import override
 
 from quantbatch.errors import ModelError
 from quantbatch.model.checkpoint import find_checkpoint, open_checkpoint
 from quantbatch.model.footprint import weigh
+from quantbatch.prompts.chat import require_chat_template
 from quantbatch.prompts.tokens import tokenizer_of
-from quantbatch.spec import FourBit, Model
+from quantbatch.spec import FourBit, Model, Prompt
 from quantbatch.weights.dtypes import resolve
 from quantbatch.weights.loading import load
 from tests.integration.llama import make_llama
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "fedcba9876543210fedcba9876543210fedcba98"
@@ -220,3 +221,138 @@ def test_another_commit_than_the_pinned_one_is_not_run(snapshot: Path, sentinel:
     with pytest.raises(ModelError, match="nor wholly in the hub's cache"):
         open_checkpoint(Model(id=NAME, revision=OTHER, trust_remote_code=True))
     assert not sentinel.exists()
+
+
+@pytest.fixture
+def plain(tmp_path: Path, tiny_tokenizer_folder: Path) -> Path:
+    """A model that needs no code, in a folder."""
+    folder = tmp_path / "plain"
+    make_llama(folder, vocab_size=403)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_tokenizer_folder / name, folder / name)
+    return folder
+
+
+INERT_CODE = [
+    "modeling_llama.py",
+    "configuration_llama.py",
+    "tokenization_own.py",
+    "setup.py",
+    "__init__.py",
+    "conftest.py",
+    "sitecustomize.py",
+    "custom_generate/generate.py",
+]
+PICKLES = [
+    "pytorch_model.bin",
+    "training_args.bin",
+    "optimizer.pt",
+    "scheduler.pth",
+    "adapter_model.bin",
+    "tokenizer.pkl",
+    "model.ckpt",
+]
+
+
+class Payload:
+    """What runs when a pickle of it is read."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    @override
+    def __reduce__(self) -> Any:
+        return Path.write_text, (self.sentinel, "pickle")
+
+
+def test_code_and_pickles_beside_a_model_are_inert(plain: Path, sentinel: Path) -> None:
+    """All that a folder can hold, and a model that is whole without it: nothing of it runs."""
+    code = f"from pathlib import Path\nPath({str(sentinel)!r}).write_text('code')\n"
+    for name in INERT_CODE:
+        (plain / name).parent.mkdir(exist_ok=True)
+        (plain / name).write_text(code + "def generate(*args, **kwargs): pass\n")
+    (plain / "custom_generate" / "requirements.txt").write_text("left-pad\n")
+    data = pickle.dumps(Payload(sentinel))
+    for name in PICKLES:
+        (plain / name).write_bytes(data)
+    auto_map = {n: f"modeling_llama.Own{n}" for n in ("AutoConfig", "AutoModelForCausalLM")}
+    pipelines = {"text-generation": {"impl": "setup.Own", "pt": ["AutoModel"]}}
+    custom = {"custom_generate": "custom_generate", "custom_pipelines": pipelines}
+    edit(plain / "config.json", auto_map=auto_map, **custom)
+    edit(plain / "generation_config.json", custom_generate="custom_generate")
+    edit(plain / "tokenizer_config.json", auto_map={"AutoTokenizer": ["setup.Own", "setup.Own"]})
+    for bits in (32, 4):
+        model = Model(id=str(plain), bits=bits)
+        checkpoint = open_checkpoint(model)
+        found: Any = load(checkpoint, model, "cpu").model
+        assert logits(found).isfinite().all()
+        found.generate(torch.arange(5).view(1, 5), max_new_tokens=2, do_sample=False)
+        assert tokenizer_of(checkpoint).encode("hello")
+    assert not sentinel.exists()
+    print(f"files of code and pickles={len(INERT_CODE + PICKLES)} ran=0")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "../model.safetensors", "/m.safetensors"])
+def test_an_index_names_files_of_its_folder(plain: Path, sentinel: Path, name: str) -> None:
+    (plain / "model.safetensors").rename(plain / "kept")
+    (plain / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(sentinel)))
+    index = {"weight_map": {"lm_head.weight": name}}
+    (plain / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"weights are files in the model's own folder"):
+        open_checkpoint(Model(id=str(plain)))
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+     "_experts_implementation"],
+)  # fmt: skip
+@pytest.mark.parametrize("value", ["stranger/kernel", "paged|stranger/kernel@main:f"])
+def test_kernels_of_a_configuration_are_refused(plain: Path, field: str, value: str) -> None:
+    edit(plain / "config.json", **{field: value})
+    with pytest.raises(ModelError, match=rf"takes code from elsewhere: {field} is"):
+        open_checkpoint(Model(id=str(plain)))
+    edit(plain / "config.json", **{field: {"": value}})
+    with pytest.raises(ModelError, match="takes code from elsewhere"):
+        open_checkpoint(Model(id=str(plain)))
+
+
+def test_another_attention_of_a_configuration_is_not_used(plain: Path) -> None:
+    edit(plain / "config.json", _attn_implementation_internal="flash_attention_2")
+    model = Model(id=str(plain), dtype="float32")
+    found: Any = load(open_checkpoint(model), model, "cpu").model
+    assert found.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", b'{"a": ' + b"[" * 100_000, "config.json can't be read"),
+        ("config.json", b"[]", "holds no JSON object"),
+        ("config.json", b"\xff", "config.json can't be read"),
+        ("model.safetensors", b"\xff" * 100, "is no safetensors file"),
+        ("model.safetensors", (90_000).to_bytes(8, "little") + b"[" * 90_000, "damaged header"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja can't be read"),
+    ],
+)
+def test_files_that_are_not_what_they_are_called(
+    plain: Path, name: str, content: bytes, said: str
+) -> None:
+    (plain / name).write_bytes(content)
+    with pytest.raises(ModelError, match=said):
+        open_checkpoint(Model(id=str(plain)))
+
+
+def test_chat_templates_of_another_form_are_passed_over(plain: Path) -> None:
+    (plain / "chat_template.jinja").unlink()
+    for odd in ([1], [{"name": "default"}], [{"template": "x"}], {"a": "b"}, 7):
+        edit(plain / "tokenizer_config.json", chat_template=odd)
+        assert open_checkpoint(Model(id=str(plain))).chat_template is None
+
+
+def test_a_hostile_chat_template_is_refused_before_a_card_is_asked_for(plain: Path) -> None:
+    (plain / "chat_template.jinja").write_text("{{ 'a' * 10**9 }}" + "{% for x in y %}" * 30)
+    template = open_checkpoint(Model(id=str(plain))).chat_template
+    with pytest.raises(ModelError, match="the model's chat template, line 1"):
+        require_chat_template(Prompt(column="text"), template)

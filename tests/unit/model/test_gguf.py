@@ -67,18 +67,18 @@ def test_huge_counts_are_not_believed() -> None:
     head = gguf_bytes({}, {})[:8]
     for counts in ("ffffffffffffffff", "ffffffffffffff7f"):
         for content in (bytes.fromhex(counts) + bytes(8), bytes(8) + bytes.fromhex(counts)):
-            started = time.perf_counter()
+            started = time.process_time()
             with pytest.raises(ModelError, match="damaged header"):
                 parse(head + content, "x")
-            assert time.perf_counter() - started < 0.5
+            assert time.process_time() - started < 0.5
 
 
 def test_a_vocabulary_of_150_000_words_is_read_in_half_a_second() -> None:
     words = {"tokenizer.ggml.tokens": [f"word {i}" for i in range(150_000)]}
     content = gguf_bytes(LLAMA | words | {"tokenizer.ggml.merges": words.popitem()[1]}, TENSORS)
-    started = time.perf_counter()
+    started = time.process_time()
     parse(content, "x")
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 @pytest.mark.parametrize(
