@@ -2,7 +2,8 @@
 
 The fields are those of the pydantic model itself, all kinds of tasks, engines and quantizations
 included, so a new one is tried as soon as it is there: it must be refused, unless it is named in
-TUNING here, too.
+TUNING here, too. (So who adds a field that is marked as tuning in the spec adds its name here, and
+thereby says that no answer can depend on it.)
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ TUNING = frozenset(
         "output.uri",
         "answers_cache.uri",
         "limits.attempts",
+        "limits.drain_s",
+        "limits.step_timeout_s",
         "limits.max_error_rate",
     }
 )
