@@ -3,6 +3,9 @@
 The structured answers come first, once; the free ones then have as many tokens, row by row, for the
 model never ends an answer by itself. Both are timed in turns, and the structured ones checked: each
 that was not cut off is valid.
+
+It favours the free ones a little: their lengths are known beforehand, the longest go first, and so
+32 rows take 78 steps instead of 83 (with 150,000 words).
 """
 
 from __future__ import annotations
