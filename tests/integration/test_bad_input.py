@@ -97,18 +97,23 @@ def test_an_unreadable_file_is_named_and_stops_nothing(tmp_path: Path, ray_head:
     whole = (tmp_path / "in" / "good.parquet").read_bytes()
     (tmp_path / "in" / "torn.parquet").write_bytes(whole[:-30])
     (tmp_path / "in" / "empty.parquet").write_bytes(b"")
+    (tmp_path / "in" / "magic.parquet").write_bytes(b"PAR1" + b"\xff" * 100 + b"PAR1")
+    wide = {f"c{number}": number for number in range(10_001)}
+    (tmp_path / "in" / "wide.jsonl").write_text(json.dumps(wide))
 
     report = run(job(tmp_path, ray_head))
 
     assert report.outcome is Outcome.INPUT_UNREADABLE
     assert report.exit_code == 1
-    assert sorted(report.unreadable) == ["empty.parquet", "torn.parquet"]
+    bad = ["empty.parquet", "magic.parquet", "torn.parquet", "wide.jsonl"]
+    assert sorted(report.unreadable) == bad
     assert [row["row_id"] for row in answers(tmp_path)] == [f"good.parquet:{n}" for n in range(3)]
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
-    # The user mends one file and takes the other away; --extend answers what is new.
+    # The user mends one file and takes the others away; --extend answers what is new.
     (tmp_path / "in" / "torn.parquet").write_bytes(whole)
-    (tmp_path / "in" / "empty.parquet").unlink()
+    for name in ("empty.parquet", "magic.parquet", "wide.jsonl"):
+        (tmp_path / "in" / name).unlink()
     with pytest.raises(Refused, match=r"torn\.parquet"):
         run(job(tmp_path, ray_head))
     report = pipeline.run(job(tmp_path, ray_head), extend=True)
