@@ -45,9 +45,6 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         args: What follows the command's name; None takes it from the process.
     """
     stdout = streams.forgive()
-    log = logging.getLogger("quantbatch")
-    if not any(isinstance(handler, console.Warnings) for handler in log.handlers):
-        log.addHandler(console.Warnings(logging.WARNING))
     args = sys.argv[1:] if args is None else list(args)
     if _WITHOUT_PANDAS & set(args[:1]):
         _keep_pandas_away()
