@@ -48,10 +48,14 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     args = sys.argv[1:] if args is None else list(args)
     if _WITHOUT_PANDAS & set(args[:1]):
         _keep_pandas_away()
+    log, warnings = logging.getLogger("quantbatch"), console.Warnings(logging.WARNING)
+    log.addHandler(warnings)
     try:
         app(args=args, prog_name="quantbatch")
     except SystemExit as left:
         sys.exit(streams.code_after(left.code, stdout, args))
+    finally:
+        log.removeHandler(warnings)
     raise AssertionError("typer leaves by itself")
 
 

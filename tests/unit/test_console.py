@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from quantbatch import console
+import pytest
+
+from quantbatch import cli, console
 from quantbatch.errors import InputError
-
-if TYPE_CHECKING:
-    import pytest
 
 HOSTILE = "\x1b]0;title\x07\x1b[2J\x1b[31m\x9b1A\r\x08\u202egnp.exe\u2066[bold]x[/bold] <script>"
 RAW = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -51,3 +50,18 @@ def test_what_the_log_warns_of_is_printed_plain(capsys: pytest.CaptureFixture[st
     assert RAW.findall(printed) == []
     assert "in s3://bucket/a" in printed
     assert "secret" not in printed
+
+
+def test_a_command_prints_warnings_so_and_leaves_no_trace(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warn(**_: object) -> None:
+        logging.getLogger("quantbatch.checks").warning("a model named %s", HOSTILE)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(cli, "app", warn)
+    before = list(logging.getLogger("quantbatch").handlers)
+    with pytest.raises(SystemExit):
+        cli.main(["validate"])
+    assert r"a model named \x1b]0;title" in capsys.readouterr().err
+    assert logging.getLogger("quantbatch").handlers == before
