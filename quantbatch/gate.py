@@ -11,9 +11,12 @@ A process tells its name when it starts. A name that starts twice has died in be
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from quantbatch.suspects import Death
+
+if TYPE_CHECKING:
+    from quantbatch.leases import Permits
 
 
 class Door(Protocol):
@@ -36,8 +39,13 @@ class Door(Protocol):
         """Tell that the process is ready for chunks."""
         ...
 
-    def begin(self, chunk: int) -> bool:
-        """Ask whether a chunk may begin, and say that it does."""
+    def begin(self, chunk: int, *, reading: bool = False) -> bool:
+        """Ask whether a chunk may begin, and say that it does.
+
+        Args:
+            chunk: Its number.
+            reading: Whether it is only read, and answered later.
+        """
         ...
 
     def end(self, chunk: int, *, answered: bool) -> None:
@@ -68,9 +76,9 @@ class NoDoor:
     def ready(self) -> None:
         """See `Door`."""
 
-    def begin(self, chunk: int) -> bool:
+    def begin(self, chunk: int, *, reading: bool = False) -> bool:
         """See `Door`."""
-        del chunk
+        del chunk, reading
         return True
 
     def end(self, chunk: int, *, answered: bool) -> None:
@@ -94,6 +102,8 @@ class Gate:
     """Deaths in a row, without a chunk that ended in between, after which it closes."""
     deaths: int = 0
     """In a row, those of the round before included."""
+    permits: Permits | None = None
+    """Which chunks rivals leave to us; None where all are ours."""
     open: bool = True
     loads: int = 0
     """Processes in a row that died before they were ready."""
@@ -121,11 +131,12 @@ class Gate:
         self.loads = 0
         self._loading.discard(name)
 
-    def begin(self, name: str, chunk: int) -> bool:
+    def begin(self, name: str, chunk: int, *, reading: bool = False) -> bool:
         """See `Door`."""
-        if self.open:
-            self._held.setdefault(name, set()).add(chunk)
-        return self.open
+        if not self.open or (self.permits and not self.permits.begin(chunk, reading=reading)):
+            return False
+        self._held.setdefault(name, set()).add(chunk)
+        return True
 
     def end(self, name: str, chunk: int, *, answered: bool) -> None:
         """See `Door`."""

@@ -11,6 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from quantbatch.gate import Gate, Lost
 
 if TYPE_CHECKING:
+    from quantbatch.leases import Permits
     from quantbatch.suspects import Death
 
 
@@ -19,13 +20,14 @@ class RemoteGate:
 
     Args:
         most_deaths: See there.
+        permits: See there.
     """
 
-    def __init__(self, most_deaths: int) -> None:
+    def __init__(self, most_deaths: int, permits: Permits | None = None) -> None:
         here = ray.get_runtime_context().get_node_id()
         beside_us = NodeAffinitySchedulingStrategy(here, soft=False)
         made = ray.remote(num_cpus=0, scheduling_strategy=beside_us)(Gate)
-        self._gate: Any = made.remote(most_deaths)
+        self._gate: Any = made.remote(most_deaths, permits=permits)
 
     def door(self) -> Door:
         """Return what the processes of a round ask."""
@@ -67,9 +69,9 @@ class Door:
         """See `gate.Door`."""
         ray.get(self._gate.ready.remote(self.name))
 
-    def begin(self, chunk: int) -> bool:
+    def begin(self, chunk: int, *, reading: bool = False) -> bool:
         """See `gate.Door`."""
-        may: bool = ray.get(self._gate.begin.remote(self.name, chunk))
+        may: bool = ray.get(self._gate.begin.remote(self.name, chunk, reading=reading))
         return may
 
     def end(self, chunk: int, *, answered: bool) -> None:

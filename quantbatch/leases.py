@@ -15,6 +15,7 @@ run of the same command need not wait for it.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import json
 import logging
@@ -96,6 +97,15 @@ def _started(pid: int) -> str | None:
     return None if state in "ZX" else fields[18]
 
 
+class Survey(NamedTuple):
+    """Who works on the shards that are left."""
+
+    held: frozenset[int]
+    """By rivals, now."""
+    abandoned: frozenset[int]
+    """By rivals that are gone: some of their chunks may be done."""
+
+
 @dataclass
 class Leases:
     """The leases of an output, as one driver sees them; copies in other processes are as good."""
@@ -103,38 +113,53 @@ class Leases:
     store: Store
     driver: Driver
     _taken: dict[int, bool] = field(default_factory=dict)
+    _abandoned: frozenset[int] = frozenset()
+    """As of the last survey."""
+
+    def survey(self, shards: Iterable[int]) -> Survey:
+        """Look at who works on some shards, before a round over what is left of them.
+
+        Raises:
+            StorageError: The store does not say.
+        """
+        listed = {Path(info.key).stem for info in self.store.list(LEASES)}
+        wanted = [shard for shard in dict.fromkeys(shards) if f"{shard:06d}" in listed]
+        with ThreadPoolExecutor(READS_AT_ONCE, "leases") as pool:
+            holders = dict(zip(wanted, pool.map(self._holder, wanted), strict=True))
+        others = {shard: h for shard, h in holders.items() if h.id != self.driver.id}
+        working = self._working(others.values()) if others else frozenset()
+        held = frozenset(shard for shard, holder in others.items() if holder.id in working)
+        self._abandoned = frozenset(others) - held
+        self._taken.clear()
+        return Survey(held, self._abandoned)
 
     def take(self, shard: int) -> bool:
         """Make a shard ours unless a rival works on it, and tell which it is.
 
-        The answer stays the same until `forget`.
+        The answer stays the same until the next survey. A shard that a rival worked on since the
+        last one is not ours either: what it did must be looked at first.
         """
         if shard not in self._taken:
-            self._taken[shard] = self._take(shard)
+            try:
+                self._taken[shard] = self._take(shard)
+            except StorageError as error:
+                # Work that may be done twice is better than none.
+                logger.debug("shard %d could not be leased: %s", shard, error)
+                return True
         return self._taken[shard]
 
-    def forget(self) -> None:
-        """Ask the store again from now on, as before a further round over what is left."""
-        self._taken.clear()
+    def is_refused(self, shard: int) -> bool:
+        """Tell whether `take` found a rival on a shard."""
+        return not self._taken.get(shard, True)
 
     def _take(self, shard: int) -> bool:
         key, ours = f"{LEASES}/{shard:06d}.json", self.driver.to_bytes()
         holder = Driver.from_bytes(self.store.claim(key, ours))
-        if holder.id != self.driver.id and not self._working([holder]):
+        if holder.id != self.driver.id and shard in self._abandoned and not self._working([holder]):
             self.store.put(key, ours)
             # Another driver may have found the same: whose object it is now has the shard.
             holder = Driver.from_bytes(self.store.read(key))
         return holder.id == self.driver.id
-
-    def held_by_rivals(self, shards: Iterable[int]) -> frozenset[int]:
-        """Return those of some shards on which rivals work now."""
-        if not self._beating_rivals():
-            return frozenset()
-        wanted = list(dict.fromkeys(shards))
-        with ThreadPoolExecutor(READS_AT_ONCE, "leases") as pool:
-            holders = dict(zip(wanted, pool.map(self._holder, wanted), strict=True))
-        working = self._working(holders.values())
-        return frozenset(shard for shard, holder in holders.items() if holder.id in working)
 
     def _holder(self, shard: int) -> Driver:
         try:
@@ -185,3 +210,20 @@ class Leases:
             thread.join(timeout=2)  # a store that hangs must not hold up the end
             with contextlib.suppress(StorageError):
                 self.store.delete(self._key)
+
+
+@dataclass(frozen=True)
+class Permits:
+    """Tells the gate which chunks may begin: those of shards that we can lease."""
+
+    leases: Leases
+    first_chunks: tuple[int, ...]
+    """Of each shard."""
+
+    def begin(self, chunk: int, *, reading: bool) -> bool:
+        """Lease the shard of a chunk, and tell whether it is ours.
+
+        A chunk that is only read takes no lease: replicas may be long in coming.
+        """
+        shard = bisect.bisect_right(self.first_chunks, chunk) - 1
+        return not self.leases.is_refused(shard) if reading else self.leases.take(shard)

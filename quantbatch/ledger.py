@@ -10,6 +10,7 @@
     OUT/_quantbatch/commits/<chunk>.json           claimed: names the attempt that counts
     OUT/_quantbatch/shards/<shard>.json            put after the shard's file: its rows and counts
     OUT/_quantbatch/retries/, again/               rows that are answered again: see `retries`
+    OUT/_quantbatch/drivers/, leases/              who works on what, to spare double work: `leases`
     OUT/_quantbatch/summary.json                   report of the latest run
 
 A chunk is done when its commit record exists. Many attempts may compute it (a retry after a crash,
@@ -132,6 +133,10 @@ class Ledger:
             if chunk.shard not in self.published and chunk.id not in self.commits:
                 yield chunk
 
+    def look_again(self) -> None:
+        """Note what rivals have committed and published meanwhile."""
+        self._load_progress(self._plan)
+
     def unpublished(self) -> list[Shard]:
         """Return the shards whose chunks are all committed but which readers don't see yet, or see
         as they were before a retry that is done: by a driver that slept through it.
@@ -248,11 +253,13 @@ class Ledger:
         self.generations = len(plans)
 
     def _load_progress(self, plan: Plan) -> None:
-        for data in self._read_all(f"{PRIVATE}/shards", lambda _: True):
+        known = frozenset(self.published)
+        for data in self._read_all(f"{PRIVATE}/shards", lambda shard: shard not in known):
             shard = record_of(Published, data)
             if shard.shard < len(plan.shards):  # a rival may be ahead with a further generation
-                self.published[shard.shard] = shard
+                self.record_published(shard)
         done = {c for s in plan.shards if s.id in self.published for c in plan.chunks_of(s)}
+        done |= self.commits.keys()
         for data in self._read_all(f"{PRIVATE}/commits", lambda chunk: chunk not in done):
             commit = record_of(Commit, data)
             if commit.chunk < plan.chunks:

@@ -18,6 +18,7 @@ from quantbatch.answers import packs
 from quantbatch.commits import publish_shard
 from quantbatch.draining import Drain
 from quantbatch.errors import Stopped, StorageError
+from quantbatch.leases import Driver, Leases
 from quantbatch.preflight import Job, prepare, require_fit
 from quantbatch.progress import Silent
 from quantbatch.report import Outcome, RunFigures, RunReport
@@ -72,10 +73,12 @@ def run(spec: JobSpec, *, extend: bool = False, progress: Progress | None = None
                 )  # a rival's was first: look again
         publisher = held.enter_context(Publisher(job))
         publisher.publish(*job.ledger.unpublished())
-        found = receipts(job, job.ledger.undone, figures, progress)
+        leases = Leases(job.ledger.store, Driver.this())
+        found = receipts(job, job.ledger.undone, figures, progress, leases)
         for receipt in held.enter_context(contextlib.closing(found)):
             publisher.publish(*job.ledger.record(receipt))
             progress.committed(receipt, figures)
+        publisher.publish(*job.ledger.unpublished())  # shards that a rival left half done
     if job.answers:
         packs.tidy(job.answers)
     return _report(job, figures)
@@ -92,7 +95,11 @@ def _claim(job: Job, plan: Plan) -> bool:
 
 
 def receipts(
-    job: Job, undone: Callable[[], Iterable[Chunk]], figures: RunFigures, progress: Progress
+    job: Job,
+    undone: Callable[[], Iterable[Chunk]],
+    figures: RunFigures,
+    progress: Progress,
+    leases: Leases | None = None,
 ) -> Generator[Receipt]:
     """Have chunks answered on a cluster; yield what became of each, once it is committed.
 
@@ -101,6 +108,7 @@ def receipts(
         undone: Returns the chunks that are not committed, whenever it is called.
         figures: Of the run.
         progress: Told what happens.
+        leases: See `Rounds`.
 
     Raises:
         JobError: A chunk could not be answered, for a reason that concerns the job.
@@ -112,8 +120,9 @@ def receipts(
         figures.cluster_s = figures.elapsed_s
         require_fit(job, cluster.card_names(job.spec.cluster))
         progress.started(device)
-        with cluster.explained():
-            for receipt in Rounds(job, undone, device=device, drain=drain).receipts():
+        with cluster.explained(), leases.beating() if leases else contextlib.nullcontext():
+            rounds = Rounds(job, undone, device=device, drain=drain, leases=leases)
+            for receipt in rounds.receipts():
                 job.unreadable.update(receipt.unreadable)
                 figures.record(receipt)
                 yield receipt
@@ -130,6 +139,7 @@ class Publisher:
         self._job = job
         self._threads = ThreadPoolExecutor(PUBLISHED_AT_ONCE, "publish")
         self._under_way: list[Future[Published]] = []
+        self._begun: set[int] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -144,6 +154,9 @@ class Publisher:
         """Begin to publish shards, and note which are done by now."""
         ledger, target = self._job.ledger, self._job.target
         for shard in shards:
+            if shard.id in self._begun:
+                continue
+            self._begun.add(shard.id)
             chunks = self._job.plan.chunks_of(shard)
             newest = ledger.retries.newest(chunks)
             self._under_way.append(

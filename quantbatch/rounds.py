@@ -9,21 +9,26 @@ counted here, and none is repeated for ever:
     alone        chunks that were lost in company, one in each replica at a time
     searched     chunks that died alone, one after another, in halves
 
+Shards on which a rival driver works are left to it (`leases`); they come again, if they have to,
+when all others are done.
+
 A run stops, to be continued by the same command, when replicas die so often in a row that no row
 can be the reason, or when rounds pass in which nothing happens at all.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import ray.data
 
-from quantbatch import cluster, stages
-from quantbatch.errors import Stopped, in_the_end
+from quantbatch import backpressure, cluster, stages
+from quantbatch.errors import Stopped, StorageError, in_the_end
 from quantbatch.gate import Lost
 from quantbatch.gatekeeper import RemoteGate
+from quantbatch.leases import Permits
 from quantbatch.records import Receipt
 from quantbatch.replica import Replica
 from quantbatch.suspects import Death, Search, Suspects, attempts_for_a_row
@@ -33,12 +38,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
 
     from quantbatch.draining import Drain
+    from quantbatch.leases import Leases
     from quantbatch.preflight import Job
     from quantbatch.records import Chunk
 
 MAX_INPUT_BLOCKS = 2000
 """Blocks in which Ray gets the chunk list. Each costs 1.7 ms before the first chunk runs (measured
 on Ray 2.60), so in a big job a block holds many chunks; a reader hands them on one by one."""
+
+PAUSES_S = (0.5, 1, 2, 4, 8)
+"""Between looks at what rivals have done, when all that is left is theirs."""
 
 
 class Rounds:
@@ -49,15 +58,25 @@ class Rounds:
         undone: Returns the chunks that are not committed, whenever it is called.
         device: What replicas work on.
         drain: Ends the run when it is told to stop.
+        leases: Of the output; None where all that is left is done, whoever else does it.
     """
 
     def __init__(
-        self, job: Job, undone: Callable[[], Iterable[Chunk]], *, device: str, drain: Drain
+        self,
+        job: Job,
+        undone: Callable[[], Iterable[Chunk]],
+        *,
+        device: str,
+        drain: Drain,
+        leases: Leases | None = None,
     ) -> None:
         self._job = job
         self._undone = undone
         self._device = device
         self._drain = drain
+        self._leases = leases
+        self._rivals: frozenset[int] = frozenset()
+        """Shards on which rivals work, as of the beginning of a round."""
         self._attempts = job.spec.limits.attempts
         self._suspects = Suspects(job.ledger.store)
         self._deaths = 0
@@ -72,6 +91,8 @@ class Rounds:
             JobError: Something that concerns the job, not a chunk.
         """
         while self._any_left():
+            if self._leases and not self._free(self._leases):
+                return
             if not self._deaths:
                 lost = yield from self._round(lambda chunk: chunk not in self._suspects)
                 self._note(lost)
@@ -81,6 +102,31 @@ class Rounds:
 
     def _any_left(self) -> bool:
         return next(iter(self._undone()), None) is not None
+
+    def _free(self, leases: Leases) -> bool:
+        """Wait until there is a chunk that no rival works on; tell whether there is one at all.
+
+        Raises:
+            Stopped: The store does not say.
+        """
+        pauses_s = iter(PAUSES_S)
+        try:
+            while left := self._shards_left():
+                self._rivals, abandoned = leases.survey(left)
+                if self._rivals or abandoned:
+                    self._job.ledger.look_again()
+                    left = self._shards_left()
+                if left - self._rivals:
+                    return True
+                if left:
+                    self._idle = 0
+                    time.sleep(next(pauses_s, PAUSES_S[-1]))  # a signal ends it
+        except StorageError as error:
+            raise Stopped(error.problem, error.hint) from error
+        return False
+
+    def _shards_left(self) -> set[int]:
+        return {chunk.shard for chunk in self._undone()}
 
     def _not_yet_alone(self, chunk: Chunk) -> bool:
         return chunk in self._suspects and self._suspects.search(chunk) is None
@@ -96,7 +142,8 @@ class Rounds:
         self, wanted: Callable[[Chunk], bool], *, in_flight: int = 0
     ) -> Generator[Receipt, None, Lost]:
         """Send chunks through a dataset; yield receipts, return what was lost."""
-        chunks = (chunk for chunk in self._undone() if wanted(chunk))
+        undone = (chunk for chunk in self._undone() if chunk.shard not in self._rivals)
+        chunks = (chunk for chunk in undone if wanted(chunk))
         rows, items = stages.to_items(chunks)
         if not items:
             return Lost({}, self._deaths)
@@ -104,7 +151,8 @@ class Rounds:
             self._job.spec.cluster, chunks=len(items), rows=rows
         )
         # A node that goes takes all of its replicas at once; that is no sign of anything.
-        gate = RemoteGate(self._attempts * cluster.most_replicas(self._job.spec.cluster))
+        most_deaths = self._attempts * cluster.most_replicas(self._job.spec.cluster)
+        gate = RemoteGate(most_deaths, self._permits())
         done, dropped = 0, cluster.Dropped()
         with self._drain.during(gate.close), dropped.noted():
             try:
@@ -128,9 +176,18 @@ class Rounds:
             )
         return lost
 
+    def _permits(self) -> Permits | None:
+        if self._leases is None:
+            return None
+        return Permits(self._leases, tuple(s.first_chunk for s in self._job.plan.shards))
+
     def _searched(self) -> Generator[Receipt]:
         """Try the chunks that died alone one after another, until each is committed."""
-        guilty = [chunk for chunk in self._undone() if self._suspects.search(chunk)]
+        guilty = [
+            chunk
+            for chunk in self._undone()
+            if self._suspects.search(chunk) and chunk.shard not in self._rivals
+        ]
         if not guilty:
             return
         with Trials(self._job, self._device) as trials:
@@ -174,14 +231,18 @@ class Rounds:
     def _through(
         self, items: list[dict[str, str]], in_flight: int, gate: RemoteGate
     ) -> Generator[Receipt]:
-        dataset = self._dataset(items, in_flight, gate)
-        for block in dataset.iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=0
-        ):
-            for receipt in stages.receipts(block):
-                if receipt.trouble:
-                    raise in_the_end(*receipt.trouble)
-                yield receipt
+        # Before the replicas wait as many chunks as they hold: enough for none to run dry.
+        most_ahead = 1 + in_flight * cluster.most_replicas(self._job.spec.cluster)
+        with backpressure.bounded(ray.data.DataContext.get_current(), most_ahead):
+            dataset = self._dataset(items, in_flight, gate)
+            blocks = dataset.iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=0
+            )
+            for block in blocks:
+                for receipt in stages.receipts(block):
+                    if receipt.trouble:
+                        raise in_the_end(*receipt.trouble)
+                    yield receipt
 
     def _dataset(
         self, items: list[dict[str, str]], in_flight: int, gate: RemoteGate

@@ -154,7 +154,7 @@ class Reader:
     def __call__(self, item: pa.Table) -> pa.Table:
         """See `read_and_render`."""
         chunk = _chunk(item)
-        if not self._door.begin(chunk.id):
+        if not self._door.begin(chunk.id, reading=True):
             return pack(chunk.id, rows.held_back(chunk.shard))
         found = read_and_render(chunk, job=self._job)
         self._door.end(chunk.id, answered=False)

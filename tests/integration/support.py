@@ -133,14 +133,33 @@ def write_spec(folder: Path, output: dict[str, Any]) -> Path:
     return path
 
 
-def start(spec: Path, head: Head) -> subprocess.Popen[bytes]:
-    """Start a driver that joins the running head."""
+def change(path: Path, **sections: dict[str, Any]) -> None:
+    """Change fields of a spec file."""
+    fields = yaml.safe_load(path.read_text())
+    for name, values in sections.items():
+        fields.setdefault(name, {}).update(values)
+    path.write_text(yaml.safe_dump(fields))
+
+
+def start(
+    spec: Path, head: Head, *python: str, env: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a driver that joins the running head.
+
+    Args:
+        spec: The job.
+        head: The head.
+        python: What Python is to run instead of the command of users, such as `-m` and a module.
+        env: Further variables of its environment.
+    """
+    command = [sys.executable, *python] if python else [COMMAND]
     with (spec.parent / "log").open("ab") as log:
         return subprocess.Popen(
-            [COMMAND, "run", str(spec)],
+            [*command, "run", str(spec)],
             stdout=log,
             stderr=log,
-            env=os.environ | {"RAY_ADDRESS": head.address},
+            cwd=REPOSITORY,
+            env=os.environ | {"RAY_ADDRESS": head.address, **(env or {})},
         )
 
 

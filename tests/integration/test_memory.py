@@ -10,16 +10,23 @@ import random
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest.mock import patch
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from typing_extensions import override
 
-from tests.integration.support import MODEL, proven, start
+from quantbatch import pipeline, stages
+from quantbatch.progress import Silent
+from quantbatch.specfile import load_spec
+from tests.integration.support import MODEL, change, proven, start
 
 if TYPE_CHECKING:
+    from quantbatch.records import Receipt
+    from quantbatch.report import RunFigures
     from tests.integration.support import Head
 
 WORDS = ("the", "batch", "reads", "every", "row", "once", "and", "writes", "one", "answer")
@@ -135,3 +142,39 @@ def test_a_million_rows_need_no_more_memory_than_a_hundred_thousand(
         print(f"\n100,000 rows: {few}; 1,000,000 rows: {many}")
     assert many.driver - few.driver < 60
     assert many.readers - few.readers < 60
+
+
+class EnoughSeen(Exception):  # noqa: N818 - it is no error
+    """Ends a job half-way."""
+
+
+@pytest.mark.timeout(300)
+def test_readers_wait_for_a_slow_engine(tmp_path: Path, ray_head: Head) -> None:
+    """Of 400 chunks only a few are rendered before replicas take them."""
+    write_short_rows(tmp_path / "in", 2000)
+    spec = write_job(tmp_path, keep=["id"], rows_per_chunk=5)
+    cluster = {"chunks_in_flight": 4, "address": ray_head.address}
+    change(spec, cluster=cluster, engine={"batch_size": 5, "step_s": 0.3})
+    rendered = tmp_path / "rendered"
+    rendered.mkdir()
+
+    class Noting(stages.Reader):
+        @override
+        def __call__(self, item: pa.Table) -> pa.Table:
+            made = super().__call__(item)
+            (rendered / str(made["chunk"][0])).touch()
+            return made
+
+    ahead: list[int] = []
+
+    class Counting(Silent):
+        @override
+        def committed(self, receipt: Receipt, figures: RunFigures) -> None:
+            ahead.append(sum(1 for _ in rendered.iterdir()) - len(ahead) - 1)
+            if len(ahead) == 20:
+                raise EnoughSeen
+
+    with patch.object(stages, "Reader", Noting), pytest.raises(EnoughSeen):
+        pipeline.run(load_spec(spec), progress=Counting())
+    # 4 in the replica, 5 before it, 2 with the reader; and what comes while we count.
+    assert max(ahead) <= 16, ahead

@@ -12,8 +12,7 @@ from quantbatch import pipeline
 from quantbatch.report import Outcome
 from quantbatch.specfile import load_spec
 from tests.faults.proxy import Operation
-from tests.integration.support import COMMAND, ROWS, proven, write_spec
-from tests.integration.test_runs import change
+from tests.integration.support import COMMAND, ROWS, change, proven, write_spec
 
 if TYPE_CHECKING:
     from pathlib import Path

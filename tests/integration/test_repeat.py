@@ -18,8 +18,15 @@ from quantbatch.records import Status
 from quantbatch.report import Outcome
 from quantbatch.retry import retry
 from quantbatch.specfile import load_spec
-from tests.integration.support import COMMAND, LONGEST_RUN_S, ROWS, proven, wait_for, write_spec
-from tests.integration.test_runs import change
+from tests.integration.support import (
+    COMMAND,
+    LONGEST_RUN_S,
+    ROWS,
+    change,
+    proven,
+    wait_for,
+    write_spec,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path

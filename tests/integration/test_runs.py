@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from typing_extensions import override
 
 from quantbatch import pipeline
@@ -21,6 +20,7 @@ from quantbatch.specfile import load_spec
 from tests.integration.support import (
     LONGEST_RUN_S,
     ROWS,
+    change,
     proven,
     run_to_the_end,
     start,
@@ -34,14 +34,6 @@ if TYPE_CHECKING:
     from quantbatch.records import Receipt
     from quantbatch.report import RunFigures
     from tests.integration.support import Bucket, Head
-
-
-def change(path: Path, **sections: dict[str, Any]) -> None:
-    """Change fields of a spec file."""
-    fields = yaml.safe_load(path.read_text())
-    for name, values in sections.items():
-        fields.setdefault(name, {}).update(values)
-    path.write_text(yaml.safe_dump(fields))
 
 
 def commits(folder: Path) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
+
 from quantbatch.gate import Gate
+from quantbatch.leases import Permits
 from quantbatch.suspects import HUNG, Death
 
 HANGS = Death(HUNG, ": too long")
@@ -80,3 +83,20 @@ def test_a_closed_gate_tells_what_is_under_way() -> None:
     gate.end("reader", 5, answered=False)
     assert gate.close() == {2, 3, 4}
     assert not gate.begin("a", 6)
+
+
+def test_chunks_of_rivals_do_not_begin() -> None:
+    class Odd(Permits):
+        def __init__(self) -> None:
+            """Even chunks are a rival's."""
+
+        @override
+        def begin(self, chunk: int, *, reading: bool) -> bool:
+            return reading or bool(chunk % 2)
+
+    gate = Gate(3, permits=Odd())
+    started(gate)
+    assert [gate.begin("a", chunk) for chunk in (1, 2, 3)] == [True, False, True]
+    assert gate.begin("reader", 4, reading=True)
+    gate.end("reader", 4, answered=False)
+    assert set(gate.lost().chunks) == {1, 3}

@@ -11,12 +11,12 @@ import pytest
 
 from quantbatch import leases
 from quantbatch.errors import StorageError
-from quantbatch.leases import DRIVERS, LEASES, TTL_S, Driver, Leases
+from quantbatch.leases import DRIVERS, LEASES, TTL_S, Driver, Leases, Permits
 from quantbatch.storage import FileInfo
 from tests.integration.support import wait_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 
 SAYS_ITS_NAME = """
@@ -77,6 +77,11 @@ def driver(store: ClockedStore, name: str, machine: str = "elsewhere") -> Leases
     return found
 
 
+def survey(leases: Leases, shards: Iterable[int]) -> tuple[set[int], set[int]]:
+    held, abandoned = leases.survey(shards)
+    return set(held), set(abandoned)
+
+
 @pytest.fixture
 def store() -> ClockedStore:
     return ClockedStore()
@@ -88,16 +93,16 @@ def test_a_shard_is_its_first_drivers_as_long_as_that_one_lives(store: ClockedSt
     assert b.take(1)
     assert not b.take(0)
     assert not a.take(1)
-    assert a.held_by_rivals([0, 1, 2]) == {1}
-    assert b.held_by_rivals([0, 1, 2]) == {0}
-    assert b.held_by_rivals([2]) == frozenset()
+    assert survey(a, [0, 1, 2]) == ({1}, set())
+    assert survey(b, [0, 1, 2]) == ({0}, set())
+    assert survey(b, [2]) == (set(), set())
 
     for _ in range(10):  # long shards: signs of life keep coming
         store.now_s += TTL_S - 1
         a._beat()
         b._beat()
-    a.forget()
-    b.forget()
+    assert survey(a, [0]) == (set(), set())
+    assert survey(b, [0]) == ({0}, set())
     assert a.take(0)
     assert not b.take(0)
 
@@ -107,13 +112,23 @@ def test_what_a_driver_held_that_went_silent_is_taken_over(store: ClockedStore) 
     assert a.take(0)
     store.now_s += TTL_S + 1
     b._beat()
-    assert b.held_by_rivals([0]) == frozenset()
+    assert survey(b, [0]) == (set(), {0})
     assert b.take(0)
     # It was only slow: it learns that its shard has gone, and leaves it alone.
     a._beat()
-    a.forget()
+    assert survey(a, [0]) == ({0}, set())
     assert not a.take(0)
-    assert a.held_by_rivals([0]) == {0}
+
+
+def test_what_a_rival_did_since_the_survey_is_looked_at_first(store: ClockedStore) -> None:
+    a, b = driver(store, "a"), driver(store, "b")
+    assert survey(b, [0, 1]) == (set(), set())
+    assert a.take(0)
+    store.delete(f"{DRIVERS}/a.json")  # it did its work and ended
+    assert not b.take(0), "its chunks are not known to be done"
+    assert b.take(1)
+    assert survey(b, [0]) == (set(), {0})
+    assert b.take(0)
 
 
 def test_the_age_of_a_lease_is_told_by_the_store_alone(
@@ -133,7 +148,7 @@ def test_the_age_of_a_lease_is_told_by_the_store_alone(
     assert not b.take(0)
 
 
-def test_an_answer_stays_until_it_is_forgotten(store: ClockedStore) -> None:
+def test_an_answer_stays_until_the_next_survey(store: ClockedStore) -> None:
     a, b = driver(store, "a"), driver(store, "b")
     assert a.take(0)
     assert not b.take(0)
@@ -143,15 +158,15 @@ def test_an_answer_stays_until_it_is_forgotten(store: ClockedStore) -> None:
     assert store.calls == calls
     store.delete(f"{DRIVERS}/a.json")
     assert not b.take(0)
-    b.forget()
+    survey(b, [0])
     assert b.take(0)
 
 
 def test_a_lone_driver_asks_the_store_little(store: ClockedStore) -> None:
     a = driver(store, "a")
     before = store.calls
-    assert a.held_by_rivals(range(10_000)) == frozenset()
-    assert store.calls - before < 5
+    assert survey(a, range(10_000)) == (set(), set())
+    assert store.calls - before == 1
     before = store.calls
     assert a.take(0)
     assert store.calls - before == 1
@@ -161,6 +176,7 @@ def test_two_that_take_over_at_once_end_with_one_holder(store: ClockedStore) -> 
     dead, b, c = driver(store, "dead"), driver(store, "b"), driver(store, "c")
     assert dead.take(0)
     store.delete(f"{DRIVERS}/dead.json")
+    assert survey(b, [0]) == survey(c, [0]) == (set(), {0})
     put = store.put
 
     def overtaken(key: str, data: bytes) -> None:
@@ -177,7 +193,7 @@ def test_a_damaged_lease_holds_nothing(store: ClockedStore, damaged: bytes) -> N
     a = driver(store, "a")
     driver(store, "b")
     store.put(f"{LEASES}/000000.json", damaged)
-    assert a.held_by_rivals([0]) == frozenset()
+    assert survey(a, [0]) == (set(), {0})
     assert a.take(0)
 
 
@@ -185,7 +201,7 @@ def test_signs_of_life_that_were_removed_are_given_again(store: ClockedStore) ->
     a, b = driver(store, "a"), driver(store, "b")
     assert b.take(0)
     store.delete(f"{DRIVERS}/a.json")
-    assert not a.take(0)
+    assert survey(a, [0]) == ({0}, set())
     assert f"{DRIVERS}/a.json" in store.objects
 
 
@@ -224,14 +240,13 @@ def test_a_driver_that_was_killed_on_this_machine_holds_nothing(store: ClockedSt
         ours = Leases(store, Driver.this())  # type: ignore[arg-type]
         ours._beat()
         assert rival.take(0)
-        assert ours.held_by_rivals([0]) == {0}
+        assert survey(ours, [0]) == ({0}, set())
         assert not ours.take(0)
         process.kill()
         wait_for(rival.driver.is_gone, timeout_s=30, what="a process that is not reaped yet")
         assert process.returncode is None
     assert rival.driver.is_gone()
-    assert ours.held_by_rivals([0]) == frozenset()
-    ours.forget()
+    assert survey(ours, [0]) == (set(), {0})
     assert ours.take(0)
 
 
@@ -240,3 +255,25 @@ def test_a_number_of_a_process_that_is_used_again_is_another_process() -> None:
     assert not ours.is_gone()
     assert ours._replace(started="1").is_gone()
     assert not ours._replace(started="1", machine="another").is_gone()
+
+
+def test_chunks_begin_if_their_shard_is_ours(store: ClockedStore) -> None:
+    a, b = driver(store, "a"), driver(store, "b")
+    assert a.take(1)
+    permits = Permits(b, (0, 5, 7))
+    assert permits.begin(4, reading=True)
+    assert permits.begin(5, reading=True), "nobody asked yet"
+    assert f"{LEASES}/000000.json" not in store.objects, "reading leases nothing"
+    assert [permits.begin(chunk, reading=False) for chunk in (0, 4, 5, 6, 7)] == [
+        True, True, False, False, True,
+    ]  # fmt: skip
+    assert not permits.begin(6, reading=True)
+
+
+def test_a_store_that_is_away_refuses_nothing(store: ClockedStore) -> None:
+    a, b = driver(store, "a"), driver(store, "b")
+    assert b.take(0)
+    store.broken = True
+    assert a.take(0)
+    store.broken = False
+    assert not a.take(0)
