@@ -34,11 +34,20 @@ from tests.integration.support import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.faults.proxy import Kind
     from tests.integration.support import Head
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SCRIPT = Path(__file__).parents[1] / "faults" / "rgw.sh"
-KINDS = ("500", "503", "429", "reset_before", "reset_after", "500_after", "truncate")
+KINDS: tuple[Kind, ...] = (
+    "500",
+    "503",
+    "429",
+    "reset_before",
+    "reset_after",
+    "500_after",
+    "truncate",
+)
 
 
 @pytest.fixture(scope="session")
