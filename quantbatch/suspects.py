@@ -12,8 +12,9 @@ One that kills its process then is searched:
 
 So a row is blamed only if its chunk died in company or alone *and* it died by itself, and a row
 costs at most log2(rows) + 2 attempts after the one in which its chunk died alone. If the last
-attempt dies as well, there is another row like it, and the search begins again without the first;
-after `limits.attempts` such rows all that is left of the chunk becomes error rows.
+attempt dies as well, there is another row like it, and the search begins again without the first.
+A search may also find nobody: rows that kill only together, such as by the memory that they take.
+After `limits.attempts` searches all that is left of the chunk becomes error rows.
 
 Where it is reading the rows that kills, the slice of the file that holds the row is blamed.
 
@@ -68,6 +69,8 @@ class Search:
     blamed: tuple[Blame, ...] = ()
     found: int = 0
     """Rows that were found one by one."""
+    searches: int = 0
+    """How often the last attempt died: after a row was found, or nobody."""
     attempts: int = 0
     ends: tuple[int, ...] = ()
     """Where each slice of the chunk ends."""
@@ -101,12 +104,13 @@ class Search:
 
         Args:
             death: How.
-            most: Rows of one chunk that are found one by one.
+            most: Searches in one chunk.
         """
         after = replace(self, attempts=self.attempts + 1)
-        if self.low == self.high and self.found < most:
-            return replace(after, high=self.rows)
         if self.low == self.high:
+            after = replace(after, searches=self.searches + 1)
+            if after.searches < most:
+                return replace(after, high=self.rows)
             rest = Blame(0, self.rows, death.kind, _given_up(self.found, death), death.unread)
             return replace(after, blamed=(*self.blamed, rest))
         if self._middle - self.low > 1:
@@ -146,6 +150,10 @@ def _alone(death: Death) -> str:
 
 
 def _given_up(found: int, death: Death) -> str:
+    if not found:
+        ended = "did not end in time" if death.kind == HUNG else "killed its process"
+        how = f"its chunk {ended} again and again{death.words}"
+        return f"not tried any more: {how}; no row of it alone does"
     return f"not tried any more: {found} rows of its chunk killed a process each, {_alone(death)}"
 
 

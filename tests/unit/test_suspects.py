@@ -22,6 +22,7 @@ from quantbatch.suspects import (
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from random import Random
 
 MOST = 3
 
@@ -80,6 +81,32 @@ def test_an_accident_blames_nobody_else(rows: int, seed: int) -> None:
         return calls == seed % (attempts_for_a_row(rows) + 1) and len(tried) > 1
 
     assert searched(Search.of(chunk_of(rows)), dies).blamed == ()
+
+
+@given(st.integers(2, 300), st.data())
+def test_rows_that_kill_only_together_are_not_tried_for_ever(
+    rows: int, data: st.DataObject
+) -> None:
+    """Such as by the memory that they take: each alone, and each half, is well."""
+    enough = data.draw(st.integers(rows // 2 + 1, rows))
+    found = searched(Search.of(chunk_of(rows)), lambda tried: len(tried) >= enough)
+    assert found.attempts <= MOST * attempts_for_a_row(rows)
+    assert "no row of it alone does" in found.blamed[-1].message
+
+
+@given(st.integers(1, 300), st.randoms(use_true_random=False))
+def test_whatever_dies_a_search_ends(rows: int, random: Random) -> None:
+    search = Search.of(chunk_of(rows))
+    for _ in range((2 * MOST + 2) * attempts_for_a_row(rows)):
+        trial = search.trial()
+        left = set(range(trial.low, trial.high)) - blamed(trial)
+        if left and random.random() < 0.5:
+            search = search.died(Death(), most=MOST)
+        elif trial.commits:
+            return
+        else:
+            search = search.survived()
+    raise AssertionError(f"{search}")
 
 
 def test_the_slice_that_can_not_be_read_is_blamed_as_a_whole() -> None:
