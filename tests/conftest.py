@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,34 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if think is defined and not think %}<think></think>{% endif %}{% endif %}"
 )
+
+
+Count = Callable[[str], None]
+COUNTED = "counted"
+
+
+@pytest.fixture
+def count(record_property: Callable[[str, object], None]) -> Count:
+    """Have what a test counted shown at the end of the run: kills, faults, wrong outputs, ..."""
+    return lambda text: record_property(COUNTED, text)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what was counted, also in other processes."""
+    reports = [
+        report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)
+    ]
+    lines = [
+        f"{report.location[2]}: {text}"
+        for report in reports
+        if report.when == "call"
+        for name, text in report.user_properties
+        if name == COUNTED
+    ]
+    if lines:
+        terminalreporter.section("what was counted")
+        for line in sorted(lines):
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

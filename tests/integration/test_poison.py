@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from quantbatch.replica import Replica
     from quantbatch.report import RunReport
+    from tests.conftest import Count
     from tests.integration.support import Head
 
 ROWS, ROWS_PER_CHUNK = 20, 5
@@ -64,9 +65,7 @@ def attempts(folder: Path) -> dict[int, int]:
 
 
 @pytest.mark.timeout(300)
-def test_rows_that_kill_become_error_rows(
-    tmp_path: Path, ray_head: Head, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_that_kill_become_error_rows(tmp_path: Path, ray_head: Head, count: Count) -> None:
     poison = {1: "segfault", 7: "exit", 8: "raise", 19: "hang"}
     spec = job(tmp_path, ray_head, poison, step_timeout_s=2)
     report = run(spec, killers.KillingReplica)
@@ -78,8 +77,7 @@ def test_rows_that_kill_become_error_rows(
     assert "Segmentation fault" in wrong[1]["error_message"]
     assert report.counts.ok == ROWS - len(poison)
     tried = attempts(tmp_path)
-    with capsys.disabled():
-        print(f"\npoison rows={len(poison)} attempts={tried}")
+    count(f"poison rows={len(poison)} attempts={tried}")
     assert max(tried.values()) <= attempts_for_a_row(ROWS_PER_CHUNK)
 
 

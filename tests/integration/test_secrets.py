@@ -19,6 +19,7 @@ from quantbatch.spec import JobSpec
 from tests.integration.support import MODEL
 
 if TYPE_CHECKING:
+    from tests.conftest import Count
     from tests.integration.support import Head
 
 CANARIES = [f"canary{number:02d}q7Zk" for number in range(12)]
@@ -100,6 +101,7 @@ def test_no_secret_is_found_anywhere(
     ray_head: Head,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    count: Count,
 ) -> None:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
@@ -143,7 +145,7 @@ def test_no_secret_is_found_anywhere(
     looked = {"printed": said.all, "left": left_in(tmp_path), "jobs": jobs, "logs of Ray": logs}
     hits = {where: [c for c in CANARIES if c in text] for where, text in looked.items()}
     sizes = {where: len(text) for where, text in looked.items()}
-    print(f"canaries={len(CANARIES)} characters={sizes} hits={hits}")
+    count(f"canaries={len(CANARIES)} characters={sizes} hits={hits}")
     assert not any(hits.values()), hits
     assert sizes["left"] > 10_000
     assert json.loads((tmp_path / "out" / "_quantbatch" / "job.json").read_text())["spec"]

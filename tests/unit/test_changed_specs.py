@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from quantbatch.plan import Plan
+    from tests.conftest import Count
 
 TUNING = frozenset(
     {
@@ -253,12 +254,11 @@ def refusal(reopen: Callable[[], object]) -> Refused:
 DECIDING = [id for id, leaf in LEAVES.items() if not is_tuning(leaf)]
 
 
-def test_there_are_as_many_fields_as_were_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_are_as_many_fields_as_were_looked_at(count: Count) -> None:
     assert len(LEAVES) > 120
     assert len(DECIDING) > 70
     assert {leaf.path for leaf in LEAVES.values()} >= TUNING
-    with capsys.disabled():
-        print(f"fields={len(LEAVES)} deciding={len(DECIDING)} tuning={len(LEAVES) - len(DECIDING)}")
+    count(f"fields={len(LEAVES)} deciding={len(DECIDING)} tuning={len(LEAVES) - len(DECIDING)}")
 
 
 @pytest.mark.parametrize("id", DECIDING)

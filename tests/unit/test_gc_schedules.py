@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,6 +31,9 @@ from quantbatch.spec import JobSpec
 from quantbatch.storage import FileInfo
 from tests.unit import test_again
 from tests.unit.test_ledger import make_spec, opened, target_of
+
+if TYPE_CHECKING:
+    from tests.conftest import Count
 
 SCHEDULES = 500
 Jobs = tuple[JobSpec, list[dict[str, bytes]]]
@@ -275,14 +278,14 @@ def schedule(seed: int, jobs: Jobs, mine: threading.local) -> Schedule:
 
 @pytest.mark.timeout(300)
 def test_what_counts_is_never_removed_and_the_rest_always_is(
-    begun: Jobs, simulated: threading.local
+    begun: Jobs, simulated: threading.local, count: Count
 ) -> None:
     for seed in range(SCHEDULES):
         try:
             schedule(seed, begun, simulated).run()
         except AssertionError as error:
             raise AssertionError(f"seed {seed}") from error
-    print(f"schedules={SCHEDULES} lost=0")
+    count(f"schedules={SCHEDULES} lost=0")
 
 
 def by_age(records: Any, chunk: int) -> frozenset[str]:
@@ -299,19 +302,20 @@ def seeds_that_fail(jobs: Jobs, mine: threading.local) -> list[int]:
                 schedule(seed, jobs, mine).run()
             except AssertionError:
                 failed.append(seed)
-    print(f"schedules=60 noticed in {failed}")
     return failed
 
 
 def test_going_by_age_would_be_noticed(
-    begun: Jobs, simulated: threading.local, monkeypatch: pytest.MonkeyPatch
+    begun: Jobs, simulated: threading.local, monkeypatch: pytest.MonkeyPatch, count: Count
 ) -> None:
     monkeypatch.setattr(gc._Records, "named", by_age)
-    assert seeds_that_fail(begun, simulated)
+    failed = seeds_that_fail(begun, simulated)
+    count(f"mutant of gc: schedules=60 noticed in {len(failed)}")
+    assert failed
 
 
 def test_looking_at_records_before_files_would_be_noticed(
-    begun: Jobs, simulated: threading.local, monkeypatch: pytest.MonkeyPatch
+    begun: Jobs, simulated: threading.local, monkeypatch: pytest.MonkeyPatch, count: Count
 ) -> None:
     early: dict[int, Any] = {}
     records, read_job = gc._Records, ledger.read_job
@@ -322,4 +326,6 @@ def test_looking_at_records_before_files_would_be_noticed(
 
     monkeypatch.setattr(gc, "read_job", look_early)
     monkeypatch.setattr(gc, "_Records", lambda store: early[id(store)])
-    assert seeds_that_fail(begun, simulated)
+    failed = seeds_that_fail(begun, simulated)
+    count(f"mutant of gc: schedules=60 noticed in {len(failed)}")
+    assert failed

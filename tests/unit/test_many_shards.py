@@ -23,6 +23,7 @@ from tests.unit.test_verify import answer, make_spec, write_input
 
 if TYPE_CHECKING:
     from quantbatch.spec import JobSpec
+    from tests.conftest import Count
 
 SHARDS = 10_000
 ONE = Counts(ok=1, prompt_tokens=2, completion_tokens=3)
@@ -62,7 +63,6 @@ def half_done(tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
         plan = make_plan(spec, listing.list_input(spec.input))
         ledger = Ledger.open(spec, "digest")
         assert ledger.freeze(plan)
-    print(f"planned: {spent.cpu_s:.1f} s, {spent.peak_mib:.0f} MiB")
     assert (len(plan.shards), plan.chunks) == (SHARDS, SHARDS)
     assert spent.cpu_s < 20
     assert spent.peak_mib < 100
@@ -77,12 +77,12 @@ def half_done(tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
     return spec
 
 
-def test_a_job_of_many_shards_is_resumed(half_done: JobSpec) -> None:
+def test_a_job_of_many_shards_is_resumed(half_done: JobSpec, count: Count) -> None:
     with Spent() as spent:
         ledger = Ledger.open(half_done, "digest")
         undone = [chunk.id for chunk in ledger.undone()]
         unpublished = ledger.unpublished()
-    print(f"resumed: {spent.cpu_s:.1f} s, {spent.peak_mib:.0f} MiB")
+    count(f"resumed: {spent.cpu_s:.1f} s, {spent.peak_mib:.0f} MiB")
     assert undone == list(range(SHARDS * 3 // 4, SHARDS))
     assert [shard.id for shard in unpublished] == list(range(SHARDS // 2, SHARDS * 3 // 4))
     assert ledger.counts.rows == SHARDS * 3 // 4
@@ -90,7 +90,7 @@ def test_a_job_of_many_shards_is_resumed(half_done: JobSpec) -> None:
     assert spent.peak_mib < 100
 
 
-def test_the_rest_of_it_is_recorded(half_done: JobSpec) -> None:
+def test_the_rest_of_it_is_recorded(half_done: JobSpec, count: Count) -> None:
     """What a driver does with each receipt must not depend on how many shards there are."""
     ledger = Ledger.open(half_done, "digest")
     assert ledger.plan
@@ -101,7 +101,7 @@ def test_the_rest_of_it_is_recorded(half_done: JobSpec) -> None:
         for shard in due:
             ledger.record_published(Published(shard.id, shard.key, ONE))
         assert ledger.finished
-    print(f"recorded: {spent.cpu_s:.1f} s, {spent.peak_mib:.0f} MiB")
+    count(f"recorded: {spent.cpu_s:.1f} s, {spent.peak_mib:.0f} MiB")
     assert ledger.counts == Counts(SHARDS, 0, 0, 0, 2 * SHARDS, 3 * SHARDS)
     assert ledger.commits == {}
     assert spent.cpu_s < 10

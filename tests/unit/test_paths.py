@@ -19,6 +19,8 @@ from quantbatch.storage import LocalStore, S3Store
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.conftest import Count
+
 PIECES = [
     "..", ".", "", "/", "//", "\\", "..\\", "~", "~root", "%2e%2e", "%2e%2e%2f", "%00", "\0", "\n", "\r\n",
      "a", "day=1", "day=..", "day=../..", "day=/etc", "day=%2e%2e%2f", "..=1", "k=" + "x" * 5000, "=", "s3:",
@@ -62,7 +64,7 @@ def output(tmp_path: Path) -> LocalStore:
     return LocalStore(str(tmp_path / "out"))
 
 
-def test_nothing_outside_is_touched(output: LocalStore, tmp_path: Path) -> None:
+def test_nothing_outside_is_touched(output: LocalStore, tmp_path: Path, count: Count) -> None:
     before = everything(tmp_path)
     source = tmp_path / "out" / "source"
     tally = {"written": 0, "refused": 0}
@@ -86,10 +88,12 @@ def test_nothing_outside_is_touched(output: LocalStore, tmp_path: Path) -> None:
             tally["refused"] += 1
     assert everything(tmp_path) == before
     assert min(tally.values()) > EXAMPLES / 20
-    print(f"keys={sum(tally.values())} {tally} outside=0")
+    count(f"keys={sum(tally.values())} {tally} outside=0")
 
 
-def test_a_name_of_the_input_stays_in_the_output(output: LocalStore, tmp_path: Path) -> None:
+def test_a_name_of_the_input_stays_in_the_output(
+    output: LocalStore, tmp_path: Path, count: Count
+) -> None:
     """Folders such as day=1 go from the names of input files, of S3 perhaps, to keys of the output."""
     before = everything(tmp_path)
     tally = {"written": 0, "refused": 0}
@@ -103,7 +107,7 @@ def test_a_name_of_the_input_stays_in_the_output(output: LocalStore, tmp_path: P
         except (InputError, StorageError, UnicodeEncodeError):
             tally["refused"] += 1
     assert everything(tmp_path) == before
-    print(f"names={sum(tally.values())} {tally} outside=0")
+    count(f"names={sum(tally.values())} {tally} outside=0")
 
 
 @pytest.mark.parametrize("key", ["../secret", "/etc/passwd", "a/../../secret", "a\0b"])

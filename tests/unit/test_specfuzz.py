@@ -14,6 +14,7 @@ import re
 import time
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import yaml
@@ -21,6 +22,9 @@ import yaml
 from quantbatch import cli
 from quantbatch.errors import SpecError
 from quantbatch.specfile import load_spec
+
+if TYPE_CHECKING:
+    from tests.conftest import Count
 
 SPECS = int(os.environ.get("QUANTBATCH_TEST_SPECS", "500"))
 SEED = int(os.environ.get("QUANTBATCH_TEST_SEED", "6"))
@@ -116,7 +120,7 @@ def overridden(text: str, rng: random.Random) -> str:
 
 
 @pytest.mark.timeout(900)
-def test_a_mutated_spec_is_a_job_or_a_spec_error(tmp_path: Path) -> None:
+def test_a_mutated_spec_is_a_job_or_a_spec_error(tmp_path: Path, count: Count) -> None:
     rng = random.Random(SEED)
     path = tmp_path / "job.yaml"
     texts = [config.read_text() for config in CONFIGS]
@@ -154,13 +158,13 @@ def test_a_mutated_spec_is_a_job_or_a_spec_error(tmp_path: Path) -> None:
         assert took < 20 * LONGEST_S, (replay, took)  # one of 70 kB takes 0.2 s
     times.sort()
     usual, slowest = times[len(times) * 95 // 100], times[-1]
-    print(f"specs={SPECS} seed={SEED} p95={usual:.3f} s slowest={slowest:.3f} s {dict(tally)}")
+    count(f"specs={SPECS} seed={SEED} p95={usual:.3f} s slowest={slowest:.3f} s {dict(tally)}")
     assert usual < LONGEST_S
     assert tally["refused"] > SPECS / 2
     assert tally["with a line"] > 0.97 * tally["problems"]
 
 
-def test_the_command_line_refuses_with_2_and_no_traceback(tmp_path: Path) -> None:
+def test_the_command_line_refuses_with_2_and_no_traceback(tmp_path: Path, count: Count) -> None:
     rng = random.Random(SEED)
     path = tmp_path / "job.yaml"
     texts = [config.read_text() for config in CONFIGS]
@@ -184,4 +188,4 @@ def test_the_command_line_refuses_with_2_and_no_traceback(tmp_path: Path) -> Non
         assert "Traceback" not in err.getvalue()
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", err.getvalue())
         assert json.loads(out.getvalue().splitlines()[-1])["exit_code"] == 2
-    print(f"specs={refused} exit_code=2 tracebacks=0")
+    count(f"specs={refused} exit_code=2 tracebacks=0")

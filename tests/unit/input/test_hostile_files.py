@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +27,9 @@ from quantbatch.input import parquetfiles, sources, textfiles
 from quantbatch.input.listing import list_input
 from quantbatch.records import Slice
 from quantbatch.spec import Input
+
+if TYPE_CHECKING:
+    from tests.conftest import Count
 
 FLIPS = int(os.environ.get("QUANTBATCH_TEST_FLIPS", "200"))
 SEED = int(os.environ.get("QUANTBATCH_TEST_SEED", "6"))
@@ -127,14 +130,14 @@ def outcomes(folder: str, seeds: list[int]) -> Counter[str]:
 
 
 @pytest.mark.timeout(600)
-def test_a_damaged_parquet_file_gives_its_rows_or_a_reason(tmp_path: Path) -> None:
+def test_a_damaged_parquet_file_gives_its_rows_or_a_reason(tmp_path: Path, count: Count) -> None:
     batches = [list(range(n, min(n + AT_ONCE, FLIPS))) for n in range(0, FLIPS, AT_ONCE)]
     total: Counter[str] = Counter()
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         for batch in batches:
             # A crash of pyarrow breaks the pool, a hang the time limit.
             total += pool.submit(outcomes, str(tmp_path), batch).result(MOST_S + len(batch))
-    print(f"flips={FLIPS} seed={SEED} crashes=0 hangs=0 {dict(total)}")
+    count(f"flips={FLIPS} seed={SEED} crashes=0 hangs=0 {dict(total)}")
     assert total["refused"] + total["rows lost"] + total["read"] == FLIPS
     # What a flip does to a page without a checksum is not to be seen; with one it is.
     assert total["other values with checksums"] <= total["other values without"] / 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from jinja2 import TemplateError
@@ -15,6 +15,9 @@ from quantbatch.errors import ModelError, RowError
 from quantbatch.prompts import chat_budget, chat_sandbox
 from quantbatch.prompts.chat import CHAT_ERRORS, ChatTemplate
 from quantbatch.prompts.chat_sandbox import ChatSandbox
+
+if TYPE_CHECKING:
+    from tests.conftest import Count
 
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Be {{ kind }}.\n"},
@@ -243,7 +246,7 @@ BOMBS = [
 ]
 
 
-def test_a_bomb_is_an_error_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bomb_is_an_error_soon(monkeypatch: pytest.MonkeyPatch, count: Count) -> None:
     monkeypatch.setattr(chat_budget, "MAX_RENDER_S", 0.3)
     took = []
     for source in BOMBS:
@@ -258,7 +261,7 @@ def test_a_bomb_is_an_error_soon(monkeypatch: pytest.MonkeyPatch) -> None:
             assert len(found.message) < 1000
         took.append(time.process_time() - began)
         assert took[-1] < 3, source[:200]  # below 1 s where nobody else computes
-    print(f"bombs={len(BOMBS)} refused={len(took)} slowest={max(took):.2f} s")
+    count(f"bombs={len(BOMBS)} refused={len(took)} slowest={max(took):.2f} s")
 
 
 ESCAPES = [
@@ -307,7 +310,7 @@ ESCAPES = [
 ]
 
 
-def test_python_is_out_of_reach() -> None:
+def test_python_is_out_of_reach(count: Count) -> None:
     harmless = {"", "[]", "<Namespace>"}
     for source in ESCAPES:
         try:
@@ -316,7 +319,7 @@ def test_python_is_out_of_reach() -> None:
         except (*CHAT_ERRORS, RowError):
             continue
         assert found in harmless, (source, found[:100])
-    print(f"payloads={len(ESCAPES)} escaped=0")
+    count(f"payloads={len(ESCAPES)} escaped=0")
 
 
 def test_data_is_never_a_template() -> None:
