@@ -21,6 +21,7 @@ from tests.integration.support import COMMAND, ROWS_PER_PART, proven, write_spec
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.conftest import Count
     from tests.integration.support import Head
 
 FULL = Path("/dev/full")
@@ -78,7 +79,7 @@ def run_without_log(spec: Path, head: Head) -> int:
 
 @pytest.mark.timeout(600)
 def test_a_job_whose_disk_is_full_is_continued_when_there_is_room(
-    small_disk: Path, tmp_path: Path, ray_head: Head, capsys: pytest.CaptureFixture[str]
+    small_disk: Path, tmp_path: Path, ray_head: Head, count: Count
 ) -> None:
     out = small_disk / "out"
     spec = write_spec(tmp_path, {"uri": str(out)})
@@ -103,8 +104,7 @@ def test_a_job_whose_disk_is_full_is_continued_when_there_is_room(
         assert pq.read_metadata(part).num_rows == ROWS_PER_PART
 
     remount(small_disk, "size=8m")
-    with capsys.disabled():
-        print(f"\nfull disk: chunks committed before={len(committed)} wrong=0")
+    count(f"full disk: chunks committed before={len(committed)} wrong=0")
     assert run_without_log(spec, ray_head) == 0
     proven(spec)
 

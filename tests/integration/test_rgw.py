@@ -34,6 +34,7 @@ from tests.integration.support import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.conftest import Count
     from tests.faults.proxy import Kind
     from tests.integration.support import Head
 
@@ -113,7 +114,7 @@ def test_uploads_in_parts(
 
 
 def test_one_of_many_claims_wins_whatever_answers_are_lost(
-    rgw_bucket: Bucket, rgw_proxy: FaultProxy, capsys: pytest.CaptureFixture[str]
+    rgw_bucket: Bucket, rgw_proxy: FaultProxy, count: Count
 ) -> None:
     claims, rivals = 40, 4
     rgw_proxy.fail("reset_after", probability=0.13)
@@ -132,8 +133,7 @@ def test_one_of_many_claims_wins_whatever_answers_are_lost(
     rgw_proxy.clear()
     there = [rgw_bucket.store("out").read(f"{number}") for number in range(claims)]
     wrong = sum(answers != [held] * rivals for answers, held in zip(told, there, strict=True))
-    with capsys.disabled():
-        print(f"\nCeph: claims={claims} rivals={rivals} faults={faults} wrong={wrong}")
+    count(f"Ceph: claims={claims} rivals={rivals} faults={faults} wrong={wrong}")
     assert wrong == 0
     assert faults > 20
 
@@ -152,11 +152,7 @@ def test_what_is_refused(rgw_bucket: Bucket, rgw_proxy: FaultProxy, rgw: str) ->
 
 
 def test_a_job_in_trouble(
-    tmp_path: Path,
-    ray_head: Head,
-    rgw_bucket: Bucket,
-    rgw_proxy: FaultProxy,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, ray_head: Head, rgw_bucket: Bucket, rgw_proxy: FaultProxy, count: Count
 ) -> None:
     storage = rgw_bucket.storage.model_dump(exclude_defaults=True)
     spec = write_spec(tmp_path, {"uri": f"{rgw_bucket.uri}/out", "storage": storage})
@@ -166,5 +162,4 @@ def test_a_job_in_trouble(
     calls, faults = rgw_proxy.count(), rgw_proxy.faults
     rgw_proxy.clear()
     proven(spec)
-    with capsys.disabled():
-        print(f"\nCeph: job calls={calls} faults={faults} wrong=0")
+    count(f"Ceph: job calls={calls} faults={faults} wrong=0")

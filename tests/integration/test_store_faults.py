@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from tests.conftest import Count
     from tests.faults.proxy import Kind
     from tests.integration.support import Bucket, Head
 
@@ -149,11 +150,7 @@ def _places(kind: Kind, operation: Operation) -> str:
 
 
 def test_each_call_survives_trouble_twice_in_a_row(
-    store: S3Store,
-    hasty: S3Store,
-    fault_proxy: FaultProxy,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    store: S3Store, hasty: S3Store, fault_proxy: FaultProxy, tmp_path: Path, count: Count
 ) -> None:
     pairs: list[tuple[Kind, Operation]] = list(product([*QUICK, *TIMED], WORK))
     pairs += [("409", Operation.PUT), ("error_in_200", Operation.COMPLETE)]
@@ -165,16 +162,11 @@ def test_each_call_survives_trouble_twice_in_a_row(
     }
     _work(pairs, store, hasty, tmp_path)
     assert {pair: rule.times for pair, rule in rules.items()} == dict.fromkeys(rules, 0)
-    with capsys.disabled():
-        print(f"\nonce: calls={fault_proxy.count()} faults={fault_proxy.faults} wrong=0")
+    count(f"once: calls={fault_proxy.count()} faults={fault_proxy.faults} wrong=0")
 
 
 def test_a_run_survives_trouble_of_three_calls_in_ten(
-    store: S3Store,
-    hasty: S3Store,
-    fault_proxy: FaultProxy,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    store: S3Store, hasty: S3Store, fault_proxy: FaultProxy, tmp_path: Path, count: Count
 ) -> None:
     kinds = [*QUICK, *TIMED]
     for kind in kinds:
@@ -182,10 +174,7 @@ def test_a_run_survives_trouble_of_three_calls_in_ten(
             fault_proxy.fail(kind, contains=place, probability=0.3)
     _work(list(product(kinds, WORK)), store, hasty, tmp_path)
     met = Counter(call.kind for call in fault_proxy.calls if call.kind)
-    with capsys.disabled():
-        print(
-            f"\n30 %: calls={fault_proxy.count()} faults={fault_proxy.faults} wrong=0 {dict(met)}"
-        )
+    count(f"30 %: calls={fault_proxy.count()} faults={fault_proxy.faults} wrong=0 {dict(met)}")
     assert all(met[kind] >= 3 for kind in kinds), met
 
 
@@ -294,7 +283,7 @@ def test_what_does_not_pass_is_said_at_once(
     store: S3Store,
     fault_proxy: FaultProxy,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    count: Count,
 ) -> None:
     fault_proxy.fail(kind)
     path = _file(tmp_path, os.urandom(9000))
@@ -316,8 +305,7 @@ def test_what_does_not_pass_is_said_at_once(
         took_s.append(time.monotonic() - began)
         assert hint in caught.value.hint
         assert fault_proxy.count() <= calls
-    with capsys.disabled():
-        print(f"\n{kind}: told after {max(took_s):.2f} s, 2 calls at most")
+    count(f"{kind}: told after {max(took_s):.2f} s, 2 calls at most")
     assert max(took_s) < 20, "5 s but on a busy machine; trying again takes 150 s"
 
 
@@ -337,7 +325,7 @@ def test_a_run_that_is_refused_ends_after_two_calls(
 
 
 def test_one_of_many_claims_wins_whatever_answers_are_lost(
-    faulty_bucket: Bucket, fault_proxy: FaultProxy, capsys: pytest.CaptureFixture[str]
+    faulty_bucket: Bucket, fault_proxy: FaultProxy, count: Count
 ) -> None:
     """Each claim of each rival says the same, and it is what one of them wrote."""
     claims, rivals = 60, 3
@@ -361,8 +349,7 @@ def test_one_of_many_claims_wins_whatever_answers_are_lost(
         there = store.read(f"{number}")
         possible = {f"{name}-{number}".encode() for name in range(rivals)}
         wrong += len(answers) != rivals or set(answers) != {there} or there not in possible
-    with capsys.disabled():
-        print(f"\nclaims={claims} rivals={rivals} faults={faults} wrong={wrong} seed={SEED}")
+    count(f"claims={claims} rivals={rivals} faults={faults} wrong={wrong} seed={SEED}")
     assert wrong == 0
     assert faults > 10
 
@@ -384,11 +371,7 @@ def test_parquet_is_read_through_trouble(
 
 @pytest.mark.timeout(300)
 def test_a_job_survives_trouble_of_three_calls_in_ten(
-    tmp_path: Path,
-    ray_head: Head,
-    faulty_bucket: Bucket,
-    fault_proxy: FaultProxy,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, ray_head: Head, faulty_bucket: Bucket, fault_proxy: FaultProxy, count: Count
 ) -> None:
     storage = faulty_bucket.storage.model_dump(exclude_defaults=True)
     spec = write_spec(tmp_path, {"uri": f"{faulty_bucket.uri}/out", "storage": storage})
@@ -399,6 +382,5 @@ def test_a_job_survives_trouble_of_three_calls_in_ten(
     calls, faults = fault_proxy.count(), fault_proxy.faults
     fault_proxy.clear()
     proven(spec)
-    with capsys.disabled():
-        print(f"\njob: calls={calls} faults={faults} wrong=0 seed={SEED}")
+    count(f"job: calls={calls} faults={faults} wrong=0 seed={SEED}")
     assert faults > calls // 6
