@@ -90,6 +90,9 @@ def due(ledger: Ledger, retry: Retry, shards: Iterable[Shard]) -> list[Shard]:
 def close(ledger: Ledger, retry: Retry, *, succeeded: bool) -> None:
     """End a retry whose shards are all published.
 
+    While a retry is open nobody takes the manifest's counts for those of the files; after that it
+    is looked at once more, since a driver that was late may have put another.
+
     Args:
         ledger: The job's.
         retry: Which.
@@ -98,6 +101,9 @@ def close(ledger: Ledger, retry: Retry, *, succeeded: bool) -> None:
     if succeeded:
         ledger.succeed()
     ledger.store.put(retries.done_key(retry.number), json.dumps(retry.asked).encode())
+    ledger.retries = Retries.load(ledger.store)
+    if succeeded and ledger.finished:
+        ledger.succeed()
 
 
 def _plan(ledger: Ledger) -> Plan:

@@ -17,7 +17,7 @@ from quantbatch import rows as row_layout
 from quantbatch.batchfile import lines
 from quantbatch.errors import Refused
 from quantbatch.records import Counts, Receipt
-from quantbatch.retries import commits_folder
+from quantbatch.retries import Retries, begun, commits_folder
 from quantbatch.storage import PRIVATE, redact, scratch_file
 
 if TYPE_CHECKING:
@@ -98,6 +98,8 @@ class Published(NamedTuple):
     digests: Mapping[str, str] = {}
     """SHA-256 of each of its files as it was put, as hex: one of Parquet, one or two of lines.
     None in a record that was written before there were any."""
+    size: int = -1
+    """Bytes of the file as it was put; -1 in a record that was written before it was noted."""
 
     def to_bytes(self) -> bytes:
         """Return the record as JSON."""
@@ -156,6 +158,42 @@ def commit_chunk(store: Store, chunk: int, answered: pa.Table, target: OutputFor
     )
 
 
+def publish_newest(
+    store: Store, shard: Shard, chunks: Sequence[int], target: OutputFormat, retries: Retries
+) -> Published:
+    """Publish a shard, and again as long as a retry went further meanwhile.
+
+    A file that readers see can be replaced by whoever is late: a driver may sleep in its put while
+    others finish the job and a whole retry of it, and then put the older rows over the newer ones.
+    A store has no put that would refuse this (If-Match is not everywhere). So whoever published a
+    shard looks at the retries afterwards, and puts it right before it goes on. The last put of a
+    file is then followed by a look that found nothing newer, or by the publishing of a retry that
+    was committed after that look; either way the newest rows stay.
+
+    What is left is a driver that is killed between its late put and its look. The next run finds
+    the shard's record to be of an older retry, or the file to have another size than the record of
+    the newer one says, and publishes the shard again (`Ledger.unpublished`); `verify`, which
+    compares digests, finds it also if the sizes are the same.
+
+    Args:
+        store: The output's.
+        shard: Which.
+        chunks: Its chunks.
+        target: How files are written.
+        retries: As they are known to this driver.
+    """
+    newest = retries.newest(chunks)
+    while True:
+        published = publish_shard(store, shard, chunks, target, newest)
+        last = retries.open.number if retries.open else published.retry
+        if begun(store) == retries.begun and published.retry == last:
+            return published
+        retries = Retries.load(store)
+        before, newest = newest, retries.newest(chunks)
+        if newest == before:
+            return published
+
+
 def publish_shard(
     store: Store,
     shard: Shard,
@@ -179,20 +217,27 @@ def publish_shard(
     commits = [record_of(Commit, store.read(key)) for key in keys]
     assert sum(commit.rows for commit in commits) == shard.rows, f"rows of shard {shard.id}"
     counts = sum((commit.counts for commit in commits), Counts())
-    key = lines.output_key(shard.key) if target.lines else shard.key
     if target.lines:
-        digests = _write_lines(store, shard, commits)
+        written = _write_lines(store, shard, commits)
     else:
-        digests = _write_parquet(store, shard, commits, target)
+        written = _write_parquet(store, shard, commits, target)
     retry = max((newest.get(chunk, 0) for chunk in chunks), default=0)
-    published = Published(shard.id, key, counts, retry, digests)
+    published = Published(shard.id, written.key, counts, retry, written.digests, written.size)
     store.put(shard_key(shard.id), published.to_bytes())
     return published
 
 
+class _Written(NamedTuple):
+    """The files of a shard that were put, the one that has its rows last."""
+
+    key: str
+    digests: dict[str, str]
+    size: int
+
+
 def _write_parquet(
     store: Store, shard: Shard, commits: Sequence[Commit], target: OutputFormat
-) -> dict[str, str]:
+) -> _Written:
     # Checksums, so that a byte that flips on a disk is noticed when it is read.
     options = {"compression": target.compression, "write_page_checksum": True}
     with scratch_file() as path:
@@ -204,17 +249,18 @@ def _write_parquet(
         return _put(store, {shard.key: path})
 
 
-def _put(store: Store, files: Mapping[str, Path]) -> dict[str, str]:
-    """Put files one after another; return the digest of each by its key."""
-    digests = {}
+def _put(store: Store, files: Mapping[str, Path]) -> _Written:
+    """Put files one after another."""
+    digests, key, size = {}, "", 0
     for key, path in files.items():
         with path.open("rb") as file:
             digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        size = path.stat().st_size
         store.put_file(key, path)
-    return digests
+    return _Written(key, digests, size)
 
 
-def _write_lines(store: Store, shard: Shard, commits: Sequence[Commit]) -> dict[str, str]:
+def _write_lines(store: Store, shard: Shard, commits: Sequence[Commit]) -> _Written:
     """Write a shard's output file, and before it that of its failed requests, if there are any."""
     key = lines.output_key(shard.key)
     created: int = json.loads(store.read(JOB))["created"]

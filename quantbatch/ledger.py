@@ -52,7 +52,7 @@ from quantbatch.commits import (
 from quantbatch.errors import Refused
 from quantbatch.plan import Plan
 from quantbatch.records import Counts, Receipt
-from quantbatch.retries import Retries
+from quantbatch.retries import Retries, begun
 from quantbatch.spec import JobSpec
 from quantbatch.storage import PRIVATE, open_store, redact
 
@@ -106,10 +106,7 @@ class Ledger:
             return ledger
         _refuse_other_job(store, job, ledger.identity)
         ledger.identity = job["identity"]
-        ledger._load_plan()
-        if ledger.plan:
-            ledger._load_progress(ledger.plan)
-            ledger.retries = Retries.load(store)
+        ledger._load()
         return ledger
 
     def freeze(self, plan: Plan) -> bool:
@@ -141,15 +138,34 @@ class Ledger:
         """Return the shards whose chunks are all committed but which readers don't see yet, or see
         as they were before a retry that is done: by a driver that slept through it.
         """
+        stale = self._stale()
         return [
             s
             for s in self._plan.shards
-            if (self._is_stale(s) if s.id in self.published else self._whole(s))
+            if (s.id in stale if s.id in self.published else self._whole(s))
         ]
 
+    def _stale(self) -> frozenset[int]:
+        """Return the published shards whose files are not as a retry that is done left them: a
+        driver that slept through it put them, see `publish_newest`.
+        """
+        retried = [s for s in self._plan.shards if s.id in self.published and self._behind(s, 0)]
+        with ThreadPoolExecutor(READS_AT_ONCE, "files") as pool:
+            stale = pool.map(self._is_stale, retried)
+            return frozenset(shard.id for shard, is_so in zip(retried, stale, strict=True) if is_so)
+
     def _is_stale(self, shard: Shard) -> bool:
-        chunks = self._plan.chunks_of(shard)
-        return self.retries.is_behind(chunks, self.published[shard.id].retry)
+        record = self.published[shard.id]
+        if self._behind(shard, record.retry):
+            return True
+        try:
+            size = self.store.info(record.key).size
+        except FileNotFoundError:
+            return True
+        return size != record.size >= 0
+
+    def _behind(self, shard: Shard, retry: int) -> bool:
+        return self.retries.is_behind(self._plan.chunks_of(shard), retry)
 
     def record(self, receipt: Receipt) -> tuple[Shard, ...]:
         """Note a committed chunk; return its shard if that is now whole, else nothing."""
@@ -193,22 +209,36 @@ class Ledger:
         return bool(shards) and all(shard.id in self.published for shard in shards)
 
     def succeed(self) -> None:
-        """Tell readers that all of the input is answered, unless the plan has grown meanwhile."""
+        """Tell readers that all of the input is answered, unless there is more of it meanwhile.
+
+        Another driver may have gone further, to new files or through a retry, and put its manifest
+        before we put ours. So who put one looks at the output again, until nobody has.
+        """
         assert self.finished
-        if sum(1 for _ in self.store.list(f"{PRIVATE}/plan")) > self.generations:
-            return
+        while self.finished and self._grown() <= self.generations:
+            manifest = to_json(self._manifest())
+            if _read(self.store, SUCCESS) != manifest:
+                self.store.put(SUCCESS, manifest)
+            if self._grown() == self.generations and begun(self.store) == self.retries.begun:
+                return
+            self._load()
+
+    def _grown(self) -> int:
+        """Return how many generations the plan has now."""
+        return sum(1 for _ in self.store.list(f"{PRIVATE}/plan"))
+
+    def _manifest(self) -> dict[str, Any]:
         files = [
             {"file": shard.key, "rows": shard.counts.rows, "sha256": shard.digests.get(shard.key)}
-            for shard in sorted(self.published.values())
+            for _, shard in sorted(self.published.items())
         ]
-        document = {
+        return {
             "format": FORMAT,
             "name": self.spec.name,
             "fingerprint": self.fingerprint,
             "counts": self.counts.to_json(),
             "files": files,
         }
-        self.store.put(SUCCESS, to_json(document))
 
     def summarize(self, report: Mapping[str, Any]) -> None:
         """Keep the report of the latest run beside the output."""
@@ -219,7 +249,10 @@ class Ledger:
         found = _read_json(self.store, SUCCESS)
         if not self.finished or found is None or len(found["files"]) != len(self.published):
             return False
-        return not any(self._is_stale(shard) for shard in self._plan.shards)
+        if self._stale():
+            return False
+        # Until a retry is done its answers are in files and not in the manifest's counts.
+        return self.retries.open is not None or found.get("counts") == self.counts.to_json()
 
     @property
     def fingerprint(self) -> str:
@@ -245,6 +278,14 @@ class Ledger:
             "created": int(time.time()),
             "claim": uuid.uuid4().hex,
         }
+
+    def _load(self) -> None:
+        """Look at how far the job is."""
+        self.published, self.commits = {}, {}
+        self._load_plan()
+        if self.plan:
+            self._load_progress(self.plan)
+            self.retries = Retries.load(self.store)
 
     def _load_plan(self) -> None:
         keys = sorted(info.key for info in self.store.list(f"{PRIVATE}/plan"))
@@ -364,9 +405,13 @@ def _beside(was: object, now: object) -> str:
     return ", now ".join(f"{before}{s}{end}" for s, end in zip(shown, after, strict=True))
 
 
-def _read_json(store: Store, key: str) -> dict[str, Any] | None:
+def _read(store: Store, key: str) -> bytes | None:
     try:
-        found: dict[str, Any] = json.loads(store.read(key))
+        return store.read(key)
     except FileNotFoundError:
         return None
-    return found
+
+
+def _read_json(store: Store, key: str) -> dict[str, Any] | None:
+    data = _read(store, key)
+    return None if data is None else json.loads(data)

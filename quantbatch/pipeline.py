@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from quantbatch import cluster
 from quantbatch.answers import packs
-from quantbatch.commits import publish_shard
+from quantbatch.commits import publish_newest
 from quantbatch.draining import Drain
 from quantbatch.errors import Stopped, StorageError
 from quantbatch.leases import Driver, Leases
@@ -160,7 +160,7 @@ class Publisher:
             chunks = self._job.plan.chunks_of(shard)
             newest = ledger.retries.newest(chunks)
             self._under_way.append(
-                self._threads.submit(publish_shard, ledger.store, shard, chunks, target, newest)
+                self._threads.submit(publish_newest, ledger.store, shard, chunks, target, retries)
             )
         self._note()
 

@@ -99,6 +99,15 @@ class Retry:
         return cls(number, asked, table.replace_schema_metadata(None), done)
 
 
+def begun(store: Store) -> dict[int, bool]:
+    """Return the numbers of the retries on an output, in order, and whether each is done."""
+    names = (info.key.removeprefix(f"{FOLDER}/") for info in store.list(FOLDER))
+    found = [match for name in names if (match := _NAME.fullmatch(name))]
+    done = {int(match[1]) for match in found if match[2] == ".done.json"}
+    numbers = sorted(int(match[1]) for match in found if match[2] == ".parquet")
+    return {number: number in done for number in numbers}
+
+
 def list_of(rows: Iterable[tuple[int, int]]) -> pa.Table:
     """Return pairs of chunk and row as a retry keeps them."""
     pairs = list(rows)
@@ -117,19 +126,21 @@ class Retries:
     @classmethod
     def load(cls, store: Store) -> Retries:
         """Read the retries of the job on an output."""
-        names = (info.key.removeprefix(f"{FOLDER}/") for info in store.list(FOLDER))
-        found = [match for name in names if (match := _NAME.fullmatch(name))]
-        done = {int(match[1]) for match in found if match[2] == ".done.json"}
-        numbers = sorted(int(match[1]) for match in found if match[2] == ".parquet")
-        known = [
-            Retry.from_bytes(number, store.read(list_key(number)), done=number in done)
-            for number in numbers
-        ]
-        retries = cls(known)
+        retries = cls(
+            [
+                Retry.from_bytes(number, store.read(list_key(number)), done=done)
+                for number, done in begun(store).items()
+            ]
+        )
         if retries.open:
             keys = store.list(commits_folder(retries.open.number))
             retries.committed = {int(info.key.rpartition("/")[2][:-5]) for info in keys}
         return retries
+
+    @property
+    def begun(self) -> dict[int, bool]:
+        """What `begun` returned when these were read."""
+        return {retry.number: retry.done for retry in self.known}
 
     @property
     def open(self) -> Retry | None:
@@ -137,16 +148,16 @@ class Retries:
         return self.known[-1] if self.known and not self.known[-1].done else None
 
     def newest(self, chunks: Iterable[int]) -> dict[int, int]:
-        """Return the number of the retry whose attempt counts for each chunk, where one does."""
-        found = {}
-        for chunk in chunks:
-            number = self._base(chunk, len(self.known))
-            last = self.open
-            if last and number == last.number and chunk not in self.committed:
-                number = self._base(chunk, len(self.known) - 1)
-            if number:
-                found[chunk] = number
-        return found
+        """Return the number of the retry whose attempt counts for each chunk, where one does.
+
+        Those of the retry that is not done count when all of its chunks among the given ones are
+        committed: a shard is published with all of its rows that are answered again, or with none.
+        """
+        chunks, count = list(chunks), len(self.known)
+        if self.open and not self.committed.issuperset(self.open.by_chunk.keys() & set(chunks)):
+            count -= 1
+        found = {chunk: self._base(chunk, count) for chunk in chunks}
+        return {chunk: number for chunk, number in found.items() if number}
 
     def is_behind(self, chunks: Sequence[int], number: int) -> bool:
         """Tell whether a retry that is done has rows of chunks, and comes after a given one."""

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from quantbatch import again, rows
-from quantbatch.commits import commit_chunk, publish_shard
+from quantbatch.commits import commit_chunk, publish_newest, publish_shard
 from quantbatch.errors import Refused, StorageError
 from quantbatch.ledger import Ledger
 from quantbatch.records import Completion, Failure, FinishReason, RequestId
@@ -295,4 +295,72 @@ def test_a_file_put_by_a_driver_that_slept_through_a_retry_is_published_again(
     publish(ledger, 0)
     assert ledger.unpublished() == []
     ledger.succeed()
+    proven(spec)
+
+
+def test_a_driver_that_publishes_late_puts_the_newest_rows(spec: JobSpec) -> None:
+    late = reopened(spec)
+    retry(reopened(spec))
+    seen = output(spec)
+    assert late.plan
+    for shard in late.plan.shards:
+        chunks = late.plan.chunks_of(shard)
+        published = publish_newest(late.store, shard, chunks, target_of(late), late.retries)
+        assert published.retry == 1
+    assert output(spec) == seen
+    proven(spec)
+
+
+def test_a_driver_that_succeeds_late_puts_the_newest_counts(spec: JobSpec) -> None:
+    late = reopened(spec)
+    retry(reopened(spec))
+    late.succeed()
+    proven(spec)
+    assert late.counts.error == 0
+
+
+def test_an_older_file_under_a_newer_record_is_published_again(spec: JobSpec) -> None:
+    """Such is left by a driver that is killed right after its late put."""
+    ledger = reopened(spec)
+    older = ledger.store.read("part-000000.parquet")
+    retry(ledger)
+    seen = output(spec)
+    ledger.store.put("part-000000.parquet", older)
+    later = reopened(spec)
+    assert not later.succeeded()
+    assert [shard.id for shard in later.unpublished()] == [0]
+    publish(later, 0)
+    assert output(spec) == seen
+    assert reopened(spec).succeeded()
+    proven(spec)
+
+
+def test_counts_of_an_older_manifest_are_put_right(spec: JobSpec) -> None:
+    ledger = reopened(spec)
+    older = ledger.store.read("_SUCCESS")
+    retry(ledger)
+    ledger.store.put("_SUCCESS", older)
+    later = reopened(spec)
+    assert not later.succeeded()
+    later.succeed()
+    proven(spec)
+
+
+def test_a_shard_is_published_with_all_of_a_retry_or_nothing_of_it(spec: JobSpec) -> None:
+    """Its record is lost while a retry has answered rows of one of its chunks and not the other."""
+    seen = output(spec)
+    ledger = reopened(spec)
+    asked = {"statuses": ["ok"], "changes": {}}
+    found = begin(ledger, asked)
+    first, *others = again.undone(ledger, found)
+    assert first.shard == others[0].shard
+    commit(ledger, first, "second")
+    ledger.store.delete("_quantbatch/shards/000000.json")
+    later = reopened(spec)
+    for shard in later.unpublished():
+        publish(later, shard.id)
+    assert output(spec) == seen
+    retry(reopened(spec), "second", asked)
+    rows_now = output(spec).to_pylist()
+    assert {r["completion"].split()[0] for r in rows_now if r["status"] == "ok"} == {"second"}
     proven(spec)
