@@ -1,0 +1,144 @@
+"""Every call of a store goes wrong once: fails, or ends its process, before or after its effect.
+
+As SQLite's tests do: for n = 1, 2, 3, ... the n-th call, until none is left. Each time the same
+command runs again afterwards, and the end is looked at.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from quantbatch.records import Status
+from tests.faults.choices import OneFault
+from tests.faults.memory import Fault
+from tests.faults.recovery import calmly, end_state_is_right, finish, unexpected
+from tests.faults.world import LATER, World, input_file, simulated
+
+FAULTS = [fault for fault in Fault if fault is not Fault.NONE]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_memory() -> Iterator[None]:
+    with simulated():
+        yield
+
+
+@pytest.fixture(scope="module")
+def tally() -> Counter[str]:
+    """What all tests of this file did."""
+    return Counter()
+
+
+def fresh() -> World:
+    """Return an input without an output."""
+    return World()
+
+
+def half_done() -> World:
+    """Return a job whose driver was killed when it had published one of two shards."""
+    return _killed_before(fresh(), World.run, "put _quantbatch/shards/000001.json")
+
+
+def unpublished() -> World:
+    """Return a job whose chunks are all committed, and whose driver was killed before it put the
+    first file.
+    """
+    world = _killed_before(fresh(), World.run, "put part-000000.parquet")
+    assert not world.visible
+    return world
+
+
+def done() -> World:
+    """Return a job that is finished."""
+    world = fresh()
+    calmly(world, world.run)
+    return world
+
+
+def half_retried() -> World:
+    """Return a finished job whose first retry was killed half way."""
+    return _killed_before(done(), World.retry, "put part-000000.parquet")
+
+
+def grown() -> World:
+    """Return a finished job to whose input a file came."""
+    world = done()
+    for name, rows in LATER.items():
+        world.input.set(name, input_file(name, rows))
+    return world
+
+
+def littered() -> World:
+    """Return a job that is half done, with attempts that no record names."""
+    world = half_done()
+    for number in range(3):
+        world.play(OneFault(4 + number, Fault.KILL_AFTER), ("killed", world.run))
+    return world
+
+
+def _killed_before(world: World, command: Callable[[World], object], call: str) -> World:
+    """Kill a command at the first call of that name."""
+    rehearsal = world.snapshot()
+    calmly(rehearsal, lambda: command(rehearsal))
+    number = next(n for n, made in enumerate(rehearsal.trace, 1) if call in made)
+    later = world.snapshot()
+    later.play(OneFault(number, Fault.KILL_BEFORE), ("killed", lambda: command(later)))
+    return later
+
+
+SITUATIONS: dict[str, tuple[Callable[[], World], Callable[[World], object]]] = {
+    "a fresh job": (fresh, World.run),
+    "a job that is half done": (half_done, World.run),
+    "shards to publish": (unpublished, World.run),
+    "a finished job": (done, World.run),
+    "a retry": (done, World.retry),
+    "a retry that is half done": (half_retried, World.retry),
+    "a second retry": (done, lambda world: (world.retry(), world.retry(Status.TRUNCATED))),
+    "new files": (grown, lambda world: world.run(extend=True)),
+}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_any_call_of_a_store_may_go_wrong(situation: str, tally: Counter[str]) -> None:
+    begin, command = SITUATIONS[situation]
+    start = begin()
+    for fault in FAULTS:
+        number, fired = 0, True
+        while fired:
+            number += 1
+            fired = _goes_wrong(start.snapshot(), command, number, fault)
+            tally["calls enumerated"] += fired
+            tally["crashes"] += fired and "kill" in fault.value
+        assert number > 3
+
+
+def _goes_wrong(
+    world: World, command: Callable[[World], object], number: int, fault: Fault
+) -> bool:
+    """Let a call go wrong, finish the job, and look at the end; tell whether there was one."""
+    choices = OneFault(number, fault)
+    where = f"call {number}: {fault.value}"
+    try:
+        (process,) = world.play(choices, ("first", lambda: command(world)))
+        assert unexpected(process) is None, process.ended
+        finish(world)
+        end_state_is_right(world, rerun=False, proof=number % 10 == 0)
+    except AssertionError as error:
+        raise AssertionError(f"{where}: {error}\n" + "\n".join(world.trace[-30:])) from error
+    return choices.fired
+
+
+def test_nothing_is_left_behind_where_nothing_goes_wrong() -> None:
+    world = done()
+    calmly(world, world.retry)
+    assert world.checker.orphans() == []
+    assert [key for key in world.output.found if "probe" in key] == []
+
+
+def test_counts(tally: Counter[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        told = ", ".join(f"{name}={count}" for name, count in tally.items())
+        print(f"\n{told}, situations={len(SITUATIONS)}, wrong=0")
