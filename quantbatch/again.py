@@ -101,7 +101,7 @@ def close(ledger: Ledger, retry: Retry, *, succeeded: bool) -> None:
     if succeeded:
         ledger.succeed()
     ledger.store.put(retries.done_key(retry.number), json.dumps(retry.asked).encode())
-    ledger.retries = Retries.load(ledger.store)
+    ledger.retries = ledger.retries.with_done(retry.number)
     if succeeded and ledger.finished:
         ledger.succeed()
 

@@ -212,20 +212,22 @@ class Ledger:
         """Tell readers that all of the input is answered, unless there is more of it meanwhile.
 
         Another driver may have gone further, to new files or through a retry, and put its manifest
-        before we put ours. So who put one looks at the output again, until nobody has.
+        before we put ours. So who puts one looks before and after it whether that is so.
         """
         assert self.finished
-        while self.finished and self._grown() <= self.generations:
-            manifest = to_json(self._manifest())
-            if _read(self.store, SUCCESS) != manifest:
-                self.store.put(SUCCESS, manifest)
-            if self._grown() == self.generations and begun(self.store) == self.retries.begun:
-                return
+        while self.finished:
+            if self._is_newest():
+                manifest = to_json(self._manifest())
+                if _read(self.store, SUCCESS) != manifest:
+                    self.store.put(SUCCESS, manifest)
+                if self._is_newest():
+                    return
             self._load()
 
-    def _grown(self) -> int:
-        """Return how many generations the plan has now."""
-        return sum(1 for _ in self.store.list(f"{PRIVATE}/plan"))
+    def _is_newest(self) -> bool:
+        """Tell whether plan and retries are still what they were when we looked at the output."""
+        generations = sum(1 for _ in self.store.list(f"{PRIVATE}/plan"))
+        return generations == self.generations and begun(self.store) == self.retries.begun
 
     def _manifest(self) -> dict[str, Any]:
         files = [

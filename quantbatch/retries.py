@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +141,10 @@ class Retries:
     def begun(self) -> dict[int, bool]:
         """What `begun` returned when these were read."""
         return {retry.number: retry.done for retry in self.known}
+
+    def with_done(self, number: int) -> Retries:
+        """Return these with one of them done, which leaves none open."""
+        return Retries([replace(r, done=r.done or r.number == number) for r in self.known])
 
     @property
     def open(self) -> Retry | None:
