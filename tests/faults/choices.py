@@ -49,6 +49,34 @@ class OneFault(Calm):
         return self._fault
 
 
+class Asleep(Calm):
+    """A process falls asleep before its n-th call, and wakes up when all others have ended.
+
+    Its workers' calls are its own. As it wakes up, something may go wrong with that call.
+    """
+
+    def __init__(self, name: str, number: int, fault: Fault = Fault.NONE) -> None:
+        self._name, self._number, self._fault = name, number, fault
+        self.made = 0
+        """Calls that it made."""
+
+    def _is_it(self, task: Task) -> bool:
+        return task.process.name.partition(".")[0] == self._name
+
+    @override
+    def next(self, runnable: list[Task]) -> Task:
+        asleep = self.made >= self._number - 1
+        return next((task for task in runnable if self._is_it(task) != asleep), runnable[0])
+
+    @override
+    def fault(self, task: Task, name: str, key: str) -> Fault:
+        del name, key
+        if not self._is_it(task):
+            return Fault.NONE
+        self.made += 1
+        return self._fault if self.made == self._number else Fault.NONE
+
+
 class Seeded:
     """A seed decides who goes on and what goes wrong.
 

@@ -98,7 +98,7 @@ MUTANTS: dict[str, list[Mutation]] = {
         Mutation("commits:publish_newest", "published.retry == last", "True"),
     ],
     "a late manifest stays": [
-        Mutation("ledger:Ledger.succeed", "begun(self.store) == self.retries.begun", "True")
+        Mutation("ledger:Ledger._is_newest", "begun(self.store) == self.retries.begun", "True")
     ],
     "success before the last file": [
         Mutation("ledger:Ledger.finished", "shard.id in self.published", "True"),
@@ -156,5 +156,7 @@ def _function(where: str) -> Callable[..., object]:
     found: Any = importlib.import_module(f"quantbatch.{module_name}")
     for name in path.split("."):
         found = inspect.getattr_static(found, name)
-    function: Callable[..., object] = found.fget if isinstance(found, property) else found
+    if isinstance(found, property):
+        found = found.fget
+    function: Callable[..., object] = found
     return function

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from quantbatch.records import Status
+from tests.faults import asleep
 from tests.faults.choices import OneFault
 from tests.faults.memory import Fault
 from tests.faults.recovery import calmly, end_state_is_right, finish, unexpected
@@ -71,14 +72,6 @@ def grown() -> World:
     return world
 
 
-def littered() -> World:
-    """Return a job that is half done, with attempts that no record names."""
-    world = half_done()
-    for number in range(3):
-        world.play(OneFault(4 + number, Fault.KILL_AFTER), ("killed", world.run))
-    return world
-
-
 def _killed_before(world: World, command: Callable[[World], object], call: str) -> World:
     """Kill a command at the first call of that name."""
     rehearsal = world.snapshot()
@@ -129,6 +122,17 @@ def _goes_wrong(
     except AssertionError as error:
         raise AssertionError(f"{where}: {error}\n" + "\n".join(world.trace[-30:])) from error
     return choices.fired
+
+
+@pytest.mark.parametrize("fault", [Fault.NONE, Fault.KILL_AFTER])
+@pytest.mark.parametrize("situation", asleep.SITUATIONS)
+def test_a_driver_may_sleep_before_any_call(
+    situation: str, fault: Fault, tally: Counter[str]
+) -> None:
+    for wrong in asleep.sleeps(situation, fault):
+        if wrong:
+            raise wrong
+        tally["sleeps"] += 1
 
 
 def test_nothing_is_left_behind_where_nothing_goes_wrong() -> None:

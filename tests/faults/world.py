@@ -34,10 +34,10 @@ from tests.faults.memory import Fault, Killed, MemoryStore, Objects, Write, noth
 from tests.faults.scheduler import Choices, InlineThreads, Process, Scheduler, SimThreads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 
     from quantbatch.records import Chunk, Receipt
-    from quantbatch.report import RunFigures, RunReport
+    from quantbatch.report import RunReport
     from quantbatch.spec import Storage
 
 IN, OUT = "s3://simulated/in", "s3://simulated/out"
@@ -203,17 +203,17 @@ class World:
         )
 
     def receipts(
-        self, job: Job, todo: Any, figures: RunFigures, progress: object
+        self, job: Job, undone: Callable[[], Iterable[Chunk]], *given: object
     ) -> Generator[Receipt]:
         """Do what Ray does with chunks: some at once, each by a process of its own, and again where
         that was killed.
         """
-        del figures, progress
+        del given
         scheduler = self.scheduler
         assert scheduler is not None
         assert scheduler.current is not None
         driver = scheduler.current.process
-        left = list(todo()) if callable(todo) else [_chunk_of(item) for item in todo.items]
+        left = list(undone())
         tries = dict.fromkeys((chunk.id for chunk in left), 0)
         under_way: list[_Worker] = []
         try:
@@ -246,10 +246,6 @@ class World:
     def clock(self) -> float:
         """Return the time of the processes' clocks, which is that of the store here."""
         return self.output.clock_s
-
-
-def _chunk_of(item: dict[str, str]) -> Chunk:
-    return stages._chunk(pa.table({"chunk": [item["chunk"]]}))
 
 
 class _ChunkLost(JobError):  # noqa: N818 - as the product's own are named
