@@ -157,8 +157,7 @@ class Publisher:
             if shard.id in self._begun:
                 continue
             self._begun.add(shard.id)
-            chunks = self._job.plan.chunks_of(shard)
-            newest = ledger.retries.newest(chunks)
+            chunks, retries = self._job.plan.chunks_of(shard), ledger.retries
             self._under_way.append(
                 self._threads.submit(publish_newest, ledger.store, shard, chunks, target, retries)
             )
