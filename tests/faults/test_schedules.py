@@ -15,7 +15,8 @@ import pytest
 from tests.faults import schedules
 from tests.faults.world import simulated
 
-BATCHES, IN_A_BATCH = 10, 200
+IN_A_BATCH = 200
+BATCHES = int(os.environ.get("QUANTBATCH_TEST_SCHEDULES", "2000")) // IN_A_BATCH
 _ONE = os.environ.get("QUANTBATCH_TEST_SEED")
 _FIRST = int(os.environ.get("QUANTBATCH_FIRST_SEED", "0"))
 
