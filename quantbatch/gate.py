@@ -92,6 +92,8 @@ class Lost(NamedTuple):
     """Chunks that were with a process when it died."""
     deaths: int
     """Deaths in a row at its end."""
+    lived: bool = False
+    """Whether a chunk was answered in it."""
 
 
 @dataclass
@@ -101,7 +103,9 @@ class Gate:
     most_deaths: int
     """Deaths in a row, without a chunk that ended in between, after which it closes."""
     deaths: int = 0
-    """In a row, those of the round before included."""
+    """In a row."""
+    lived: bool = False
+    """Whether a chunk was answered."""
     permits: Permits | None = None
     """Which chunks rivals leave to us; None where all are ours."""
     open: bool = True
@@ -142,7 +146,7 @@ class Gate:
         """See `Door`."""
         self._held[name].discard(chunk)
         if answered:
-            self.deaths = 0
+            self.deaths, self.lived = 0, True
             self._answered.add(chunk)
 
     def arrived(self, chunk: int) -> None:
@@ -159,7 +163,7 @@ class Gate:
         for name in list(self._held):
             if self._held[name]:
                 self._died(name, Death())
-        return Lost(self._lost, self.deaths)
+        return Lost(self._lost, self.deaths, self.lived)
 
     def _died(self, name: str, death: Death) -> None:
         held = self._held.pop(name)

@@ -118,6 +118,14 @@ class Trial(NamedTuple):
     """Rows of the chunk."""
 
     @property
+    def asks(self) -> bool:
+        """Whether any row is left that it tries."""
+        left = set(range(self.low, self.high))
+        return not left.issubset(
+            row for blame in self.blamed for row in range(blame.low, blame.high)
+        )
+
+    @property
     def commits(self) -> bool:
         """Whether it is an attempt with all rows, whose result counts."""
         return self.high - self.low == self.rows

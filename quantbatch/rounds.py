@@ -9,6 +9,9 @@ counted here, and none is repeated for ever:
     alone        chunks that were lost in company, one in each replica at a time
     searched     chunks that died alone, one after another, in halves
 
+Nobody is searched while all that was tried last has died: first other chunks have to show that it
+is not the machine.
+
 Shards on which a rival driver works are left to it (`leases`); they come again, if they have to,
 when all others are done.
 
@@ -35,7 +38,7 @@ from quantbatch.suspects import Death, Search, Suspects, attempts_for_a_row
 from quantbatch.trials import Trials
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
     from quantbatch.draining import Drain
     from quantbatch.leases import Leases
@@ -48,6 +51,10 @@ on Ray 2.60), so in a big job a block holds many chunks; a reader hands them on 
 
 PAUSES_S = (0.5, 1, 2, 4, 8)
 """Between looks at what rivals have done, when all that is left is theirs."""
+
+LIFELESS_ROUNDS = 3
+"""Rounds in a row that end because replicas only die, after which it can be no row: one with many
+chunks in each replica, one with its suspects alone, one with chunks that nobody suspects."""
 
 
 class Rounds:
@@ -81,6 +88,8 @@ class Rounds:
         self._suspects = Suspects(job.ledger.store)
         self._deaths = 0
         """Deaths in a row, over rounds and attempts."""
+        self._lived = False
+        """Whether any process of this run has answered anything."""
         self._idle = 0
         """Rounds in a row in which nothing happened."""
 
@@ -93,12 +102,12 @@ class Rounds:
         while self._any_left():
             if self._leases and not self._free(self._leases):
                 return
-            if not self._deaths:
-                lost = yield from self._round(lambda chunk: chunk not in self._suspects)
-                self._note(lost)
+            lost = yield from self._round(self._unsuspected)
+            self._note(lost)
             alone = yield from self._round(self._not_yet_alone, in_flight=1)
             self._note(alone, died_alone=True)
-            yield from self._searched()
+            if not self._deaths or not any(self._ours(self._unsuspected)):
+                yield from self._searched()
 
     def _any_left(self) -> bool:
         return next(iter(self._undone()), None) is not None
@@ -128,6 +137,14 @@ class Rounds:
     def _shards_left(self) -> set[int]:
         return {chunk.shard for chunk in self._undone()}
 
+    def _ours(self, wanted: Callable[[Chunk], object]) -> Iterator[Chunk]:
+        """Yield the chunks that are left, and not to rivals, of those that are wanted."""
+        free = (chunk for chunk in self._undone() if chunk.shard not in self._rivals)
+        return (chunk for chunk in free if wanted(chunk))
+
+    def _unsuspected(self, chunk: Chunk) -> bool:
+        return chunk not in self._suspects
+
     def _not_yet_alone(self, chunk: Chunk) -> bool:
         return chunk in self._suspects and self._suspects.search(chunk) is None
 
@@ -142,11 +159,9 @@ class Rounds:
         self, wanted: Callable[[Chunk], bool], *, in_flight: int = 0
     ) -> Generator[Receipt, None, Lost]:
         """Send chunks through a dataset; yield receipts, return what was lost."""
-        undone = (chunk for chunk in self._undone() if chunk.shard not in self._rivals)
-        chunks = (chunk for chunk in undone if wanted(chunk))
-        rows, items = stages.to_items(chunks)
+        rows, items = stages.to_items(self._ours(wanted))
         if not items:
-            return Lost({}, self._deaths)
+            return Lost({}, 0)
         in_flight = in_flight or cluster.chunks_in_flight(
             self._job.spec.cluster, chunks=len(items), rows=rows
         )
@@ -167,14 +182,25 @@ class Rounds:
                 dropped.note(error)
             dropped.raise_fault()
             lost = gate.lost()
-        self._deaths = lost.deaths
+        self._lived |= lost.lived
+        self._deaths = lost.deaths if lost.lived else self._deaths + lost.deaths
+        if self._deaths >= LIFELESS_ROUNDS * most_deaths:
+            raise self._all_die(dropped.cause and f": {dropped.cause}")
         self._idle = 0 if done or lost.chunks else self._idle + 1
         if self._idle >= self._attempts:
             raise Stopped(
-                f"nothing was answered in {self._idle} rounds: {dropped.cause}",
+                f"nothing was answered in {self._idle} rounds: "
+                f"{dropped.cause or 'Ray does not say why'}",
                 "the same command continues the job",
             )
         return lost
+
+    def _all_die(self, words: str) -> Stopped:
+        return Stopped(
+            f"processes died {self._deaths} times in a row, whatever their rows{words}",
+            "see what the machine's memory, the card and its driver say; then the same command "
+            "continues the job",
+        )
 
     def _permits(self) -> Permits | None:
         if self._leases is None:
@@ -183,13 +209,12 @@ class Rounds:
 
     def _searched(self) -> Generator[Receipt]:
         """Try the chunks that died alone one after another, until each is committed."""
-        guilty = [
-            chunk
-            for chunk in self._undone()
-            if self._suspects.search(chunk) and chunk.shard not in self._rivals
-        ]
+        guilty = list(self._ours(self._suspects.search))
         if not guilty:
             return
+        if self._lived:
+            # So it was rows. If it is all of them from now on, the first search will tell.
+            self._deaths = 0
         with Trials(self._job, self._device) as trials:
             for chunk in guilty:
                 yield from self._search(chunk, trials)
@@ -215,17 +240,15 @@ class Rounds:
         if isinstance(found, Receipt):
             if found.trouble:
                 raise in_the_end(*found.trouble)
-            self._deaths = 0
+            # To leave out all rows that are blamed proves nothing.
+            self._lived |= search.trial().asks
+            self._deaths = 0 if self._lived else self._deaths
             return search.survived()
         self._deaths += 1
         if self._deaths > attempts_for_a_row(search.rows) + self._attempts:
             # Whom it blamed meanwhile was as innocent as all others.
             self._suspects.note(chunk, Search.of(chunk))
-            raise Stopped(
-                f"processes died {self._deaths} times in a row, whatever their rows{found.words}",
-                "see what the machine's memory, the card and its driver say; then the same command "
-                "continues the job",
-            )
+            raise self._all_die(found.words)
         return search.died(found, most=self._attempts)
 
     def _through(

@@ -26,21 +26,21 @@ def test_what_a_process_held_when_it_died_is_lost() -> None:
     gate.end("a", 4, answered=True)
     lost = gate.lost()
     assert lost.chunks == {1: HANGS, 3: HANGS}
-    assert lost.deaths == 0, "a chunk ended after it"
+    assert (lost.deaths, lost.lived) == (0, True), "a chunk ended after it"
 
 
 def test_what_is_held_at_the_end_is_lost() -> None:
     gate = Gate(3)
     started(gate)
     gate.begin("a", 7)
-    assert gate.lost() == ({7: Death()}, 1)
+    assert gate.lost() == ({7: Death()}, 1, False)
 
 
 def test_a_process_that_was_idle_loses_nothing() -> None:
     gate = Gate(1)
     started(gate)
     started(gate)
-    assert gate.lost() == ({}, 0)
+    assert gate.lost() == ({}, 0, False)
     assert gate.begin("a", 1)
 
 
