@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,6 +18,9 @@ from tests.faults.choices import OneFault
 from tests.faults.memory import Fault
 from tests.faults.recovery import calmly, end_state_is_right, finish, unexpected
 from tests.faults.world import LATER, World, input_file, simulated
+
+if TYPE_CHECKING:
+    from tests.conftest import Count
 
 FAULTS = [fault for fault in Fault if fault is not Fault.NONE]
 
@@ -142,7 +146,6 @@ def test_nothing_is_left_behind_where_nothing_goes_wrong() -> None:
     assert [key for key in world.output.found if "probe" in key] == []
 
 
-def test_counts(tally: Counter[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with capsys.disabled():
-        told = ", ".join(f"{name}={count}" for name, count in tally.items())
-        print(f"\n{told}, situations={len(SITUATIONS)}, wrong=0")
+def test_counts(tally: Counter[str], count: Count) -> None:
+    told = ", ".join(f"{name}={number}" for name, number in tally.items())
+    count(f"{told}, situations={len(SITUATIONS)}, wrong=0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,6 +14,9 @@ from tests.faults.memory import Fault
 from tests.faults.mutants import MUTANTS, mutated
 from tests.faults.recovery import finish
 from tests.faults.world import World, simulated
+
+if TYPE_CHECKING:
+    from tests.conftest import Count
 
 MOST = 400
 """Seeds up to which a mutant has to be caught; the suite plays these and more."""
@@ -73,6 +77,5 @@ def _each_call_fails() -> Iterator[AssertionError | None]:
         number += 1
 
 
-def test_counts(caught: Counter[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with capsys.disabled():
-        print(f"\nmutants={len(MUTANTS)} caught={len(caught)} schedules={caught.total()}")
+def test_counts(caught: Counter[str], count: Count) -> None:
+    count(f"mutants={len(MUTANTS)} caught={len(caught)} schedules={caught.total()}")

@@ -9,11 +9,15 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.faults import schedules
 from tests.faults.world import simulated
+
+if TYPE_CHECKING:
+    from tests.conftest import Count
 
 IN_A_BATCH = 200
 BATCHES = int(os.environ.get("QUANTBATCH_TEST_SCHEDULES", "2000")) // IN_A_BATCH
@@ -56,10 +60,9 @@ def test_one_seed() -> None:
     _play(range(int(_ONE or 0), int(_ONE or 0) + 1), Counter())
 
 
-def test_counts(tally: Counter[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with capsys.disabled():
-        told = ", ".join(f"{name}={count}" for name, count in tally.items())
-        print(f"\n{told}, wrong=0 seeds={_FIRST}..{_FIRST + tally['schedules'] - 1}")
+def test_counts(tally: Counter[str], count: Count) -> None:
+    told = ", ".join(f"{name}={number}" for name, number in tally.items())
+    count(f"{told}, wrong=0 seeds={_FIRST}..{_FIRST + tally['schedules'] - 1}")
 
 
 def test_a_schedule_is_the_same_each_time() -> None:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
+    from tests.conftest import Count
     from tests.faults.proxy import FaultProxy
     from tests.integration.nodes import Nodes
     from tests.integration.support import Bucket, Head
@@ -220,7 +221,7 @@ def test_processes_killed_at_random_moments(
     bucket: Bucket,
     faulty_bucket: Bucket,
     fault_proxy: FaultProxy,
-    capsys: pytest.CaptureFixture[str],
+    count: Count,
 ) -> None:
     for kind in ("503", "reset_before", "reset_after", "500_after"):
         fault_proxy.fail(kind, probability=0.01)
@@ -256,11 +257,10 @@ def test_processes_killed_at_random_moments(
         ]
         for future in futures:
             future.result()
-    with capsys.disabled():
-        print(
-            f"\n{tally} looks={watcher.looks} faults={fault_proxy.faults} seed={SEED} "
-            f"in {time.monotonic() - began:.0f} s"
-        )
+    count(
+        f"{tally} looks={watcher.looks} faults={fault_proxy.faults} seed={SEED} "
+        f"in {time.monotonic() - began:.0f} s"
+    )
     assert watcher.wrong == []
     assert sum(watcher.looks.values()) >= 5000
     assert watcher.looks["Prefix"] >= 50

@@ -27,6 +27,7 @@ from tests.integration.support import MODEL, change, proven, start
 if TYPE_CHECKING:
     from quantbatch.records import Receipt
     from quantbatch.report import RunFigures
+    from tests.conftest import Count
     from tests.integration.support import Head
 
 WORDS = ("the", "batch", "reads", "every", "row", "once", "and", "writes", "one", "answer")
@@ -118,13 +119,12 @@ def long_job(folder: Path) -> Path:
 
 @pytest.mark.timeout(800)
 def test_neither_more_rows_nor_a_larger_row_group_need_more_memory(
-    tmp_path: Path, ray_head: Head, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, ray_head: Head, count: Count
 ) -> None:
     few = peaks_of(short_job(tmp_path / "few", 10_000), ray_head)
     many = peaks_of(short_job(tmp_path / "many", 60_000), ray_head)
     long = peaks_of(long_job(tmp_path / "long"), ray_head)
-    with capsys.disabled():
-        print(f"\n10,000 rows: {few}; 60,000 rows: {many}; a row group of 100 MB: {long}")
+    count(f"10,000 rows: {few}; 60,000 rows: {many}; a row group of 100 MB: {long}")
     assert many.driver - few.driver < 40
     assert many.readers - few.readers < 40
     assert long.driver - few.driver < 20
@@ -134,12 +134,11 @@ def test_neither_more_rows_nor_a_larger_row_group_need_more_memory(
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_million_rows_need_no_more_memory_than_a_hundred_thousand(
-    tmp_path: Path, ray_head: Head, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, ray_head: Head, count: Count
 ) -> None:
     few = peaks_of(short_job(tmp_path / "few", 100_000), ray_head)
     many = peaks_of(short_job(tmp_path / "many", 1_000_000), ray_head, timeout_s=1200)
-    with capsys.disabled():
-        print(f"\n100,000 rows: {few}; 1,000,000 rows: {many}")
+    count(f"100,000 rows: {few}; 1,000,000 rows: {many}")
     assert many.driver - few.driver < 60
     assert many.readers - few.readers < 60
 

@@ -32,6 +32,7 @@ from tests.integration.watching import Folder, Prefix, Watcher
 
 if TYPE_CHECKING:
     from quantbatch.storage import Store
+    from tests.conftest import Count
     from tests.faults.proxy import FaultProxy
     from tests.integration.support import Bucket, Head
 
@@ -69,9 +70,9 @@ def test_rivals_share_the_work(
     bucket: Bucket,
     faulty_bucket: Bucket,
     fault_proxy: FaultProxy,
-    capsys: pytest.CaptureFixture[str],
     drivers: int,
     kind: str,
+    count: Count,
 ) -> None:
     for trouble in ("503", "reset_after", "500_after"):
         fault_proxy.fail(trouble, probability=0.01)
@@ -97,7 +98,6 @@ def test_rivals_share_the_work(
     assert commits(store) == ROWS / ROWS_PER_CHUNK
     assert list(store.list(DRIVERS)) == []
     wasted = rows_begun(str(tmp_path / "in")) - ROWS
-    with capsys.disabled():
-        print(f"\n{drivers} drivers, {kind}: wrong=0 rows={ROWS} wasted={wasted} {watcher.looks}")
+    count(f"{drivers} drivers, {kind}: wrong=0 rows={ROWS} wasted={wasted} {watcher.looks}")
     assert watcher.wrong == []
     assert 0 <= wasted <= ROWS_PER_PART * (drivers - 1)
