@@ -6,8 +6,10 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import socket
 import sys
+import threading
 import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +20,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 from typing_extensions import override
 
+from quantbatch.draining import stopped_by
 from quantbatch.errors import ClusterError, JobError, Stopped
 
 if TYPE_CHECKING:
@@ -109,7 +112,7 @@ def _init(cluster: Cluster) -> None:
     try:
         if address:
             _knock(address)
-        with _quiet_start():
+        with _quiet_start(), _signals_kept():
             ray.init(address or "local", **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ClusterError(
@@ -123,6 +126,24 @@ def _knock(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=5).close()
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Keep Ray's way of ending at SIGTERM, without a word and with code 15, to the time in which it
+    starts, and end in our way there too.
+
+    Raises:
+        Stopped: The signal came.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as error:
+        raise stopped_by(signal.SIGTERM.name) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 @contextlib.contextmanager

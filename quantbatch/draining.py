@@ -3,7 +3,8 @@
 SIGTERM comes from a spot instance's notice, from Kubernetes or from `ray job stop`; SIGINT from
 Ctrl-C. The first closes the gate (see `gate`) and sets a timer; the run ends when the chunks that
 were under way are committed, or when the timer ends, whichever is first. A second signal ends it at
-once. Nothing depends on it: a run that is killed loses no more than those chunks.
+once, and so does the first while no chunks are answered: before Ray is there (`stoppable`), between
+rounds. Nothing depends on it: a run that is killed loses no more than those chunks.
 """
 
 from __future__ import annotations
@@ -22,6 +23,28 @@ if TYPE_CHECKING:
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM end a command that can be continued with an error that says so, at any moment at
+    which no `Drain` listens. Ctrl-C is an exception of Python's own.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        del frame
+        raise stopped_by(signal.Signals(number).name)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def stopped_by(name: str) -> Stopped:
+    """Return what ends a run that was told to stop by a signal."""
+    return Stopped(f"stopped by {name}", "the same command continues the job")
+
+
 class Drain:
     """Listens for signals while a run goes on, and ends it in time.
 
@@ -32,7 +55,7 @@ class Drain:
 
     def __init__(self, seconds: float = 0, told: Callable[[str], None] | None = None) -> None:
         self._seconds = seconds
-        self._told = told
+        self._told = told or (lambda name: None)
         self._signal = ""
         self._over = False
         """Whether the run ends now; an exception from a signal handler can get lost: Python drops
@@ -40,6 +63,9 @@ class Drain:
         self._close: Callable[[], set[int]] | None = None
         self._under_way: set[int] | None = None
         self._done: set[int] = set()
+        self._asking = threading.Lock()
+        """Held while `_close` goes, and while the main thread is woken since nothing is under way:
+        an alarm must not come when nobody listens any more, because it would kill the process."""
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -67,12 +93,13 @@ class Drain:
             Stopped: The run was told to stop before.
         """
         if self._signal:
-            raise self._stopped()
+            raise stopped_by(self._signal)
         self._close, self._done = close, set()
         try:
             yield
         finally:
-            self._close = None
+            with self._asking:
+                self._close = None
 
     def done(self, chunk: int) -> None:
         """Note that a chunk is done, or was held back.
@@ -82,10 +109,7 @@ class Drain:
         """
         self._done.add(chunk)
         if self._over or (self._under_way is not None and self._under_way <= self._done):
-            raise self._stopped()
-
-    def _stopped(self) -> Stopped:
-        return Stopped(f"stopped by {self._signal}", "the same command continues the job")
+            raise stopped_by(self._signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         first, self._signal = not self._signal, signal.Signals(number).name
@@ -98,12 +122,14 @@ class Drain:
     def _on_alarm(self, number: int, frame: FrameType | None) -> NoReturn:
         del number, frame
         self._over = True
-        raise self._stopped()
+        raise stopped_by(self._signal)
 
     def _close_gate(self, close: Callable[[], set[int]]) -> None:
-        if self._told:
+        with contextlib.suppress(OSError):
+            # Whoever read what is told may have had the same Ctrl-C: `quantbatch run 2>&1 | tee`.
             self._told(self._signal)
         self._under_way = close()
-        if self._under_way <= self._done:
-            # Nothing will come that `done` could be called for.
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+        with self._asking:
+            if self._close is close and self._under_way <= self._done:
+                # Nothing will come that `done` could be called for.
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)

@@ -6,6 +6,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 import ray
+import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from quantbatch.gate import Gate, Lost
@@ -39,7 +40,11 @@ class RemoteGate:
 
     def close(self) -> set[int]:
         """See `Gate`."""
-        under_way: set[int] = ray.get(self._gate.close.remote())
+        try:
+            under_way: set[int] = ray.get(self._gate.close.remote())
+        except ray.exceptions.RayError:
+            # It died, or its round is over: nothing passes any more.
+            return set()
         return under_way
 
     def lost(self) -> Lost:

@@ -22,6 +22,7 @@ from quantbatch.cli.common import (
     outcome,
     output_of,
 )
+from quantbatch.draining import stoppable
 from quantbatch.errors import JobError, SpecError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def run(  # noqa: PLR0913 - an argument for each option
     as_json: AsJson = False,
 ) -> None:
     """Run a job, or continue it: every row of the input is answered exactly once."""
-    with outcome(as_json):
+    with outcome(as_json), stoppable():
         overrides = [*card_fields(card), *(overrides or ())]
         whole = None
         if openai_batch is not None:

@@ -8,6 +8,7 @@ import typer
 
 from quantbatch import console
 from quantbatch.cli.common import AsJson, Overrides, SpecPath, leave, load, outcome, output_of
+from quantbatch.draining import stoppable
 from quantbatch.errors import JobError, SpecError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def retry(
     --set gives other limits, such as sampling.max_new_tokens=512; fields of sampling and engine
     may change. Interrupted, the same command continues.
     """
-    with outcome(as_json):
+    with outcome(as_json), stoppable():
         statuses = _statuses(status, "error")
         job = load(spec, overrides)
         from quantbatch import retry as retrying

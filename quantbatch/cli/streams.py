@@ -28,8 +28,10 @@ EXIT_RESULT_LOST = 2
 
 
 class _Forgiving(io.FileIO):
-    """A file to which a write fails for no lack of room; a pipe that nobody reads still breaks."""
+    """A file to which a write fails for no lack of room."""
 
+    forgiven = _NO_ROOM
+    """A pipe that nobody reads still breaks."""
     lost: OSError | None = None
 
     @override
@@ -37,7 +39,7 @@ class _Forgiving(io.FileIO):
         try:
             return super().write(data) or 0
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno not in self.forgiven:
                 raise
             self.lost = error
             return memoryview(data).nbytes
@@ -53,7 +55,10 @@ def forgive() -> _Forgiving | None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
-        sys.stderr = _text_over(_Forgiving(2, "w", closefd=False), sys.stderr)
+        log = _Forgiving(2, "w", closefd=False)
+        # Ctrl-C ends all of `quantbatch run 2>&1 | tee log`; what is under way is finished still.
+        log.forgiven = _NO_ROOM | {errno.EPIPE}
+        sys.stderr = _text_over(log, sys.stderr)
     if sys.stdout is sys.__stdout__ and isinstance(sys.stdout, io.TextIOWrapper):
         under = _Forgiving(1, "w", closefd=False)
         sys.stdout = _text_over(under, sys.stdout)

@@ -807,3 +807,14 @@ def test_every_job_error_has_an_exit_code_of_the_help() -> None:
     shown = call("--help").stdout
     assert codes == {2, 3, 75}
     assert all(f"{code} " in shown for code in codes)
+
+
+def test_a_log_that_nobody_reads_any_more_changes_no_exit_code(tmp_path: Path) -> None:
+    """As with `quantbatch run 2>&1 | tee log`, which Ctrl-C ends as a whole."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    script = "import sys; from quantbatch.cli import main; main(['run', sys.argv[1]])"
+    command = [sys.executable, "-c", script, str(tmp_path / "none.yaml")]
+    ran = subprocess.run(command, stderr=writer, stdout=writer, timeout=60, check=False)
+    os.close(writer)
+    assert ran.returncode == 2

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from quantbatch.draining import Drain
+from quantbatch.draining import Drain, stoppable
 from quantbatch.errors import Stopped
 
 if TYPE_CHECKING:
@@ -128,3 +128,44 @@ def test_other_threads_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_a_gate_that_answers_late_rings_no_alarm_when_nobody_listens(told: list[str]) -> None:
+    """The run ended by itself meanwhile; an alarm would kill the process."""
+    asked, over = threading.Event(), threading.Event()
+
+    def close() -> set[int]:
+        asked.set()
+        assert over.wait(20)
+        return set()
+
+    before = set(threading.enumerate())
+    drain = Drain(30, told.append)
+    with drain.listening(), drain.during(close):
+        send()
+        assert asked.wait(20)
+    rings: list[int] = []
+    usual = signal.signal(signal.SIGALRM, lambda number, _: rings.append(number))
+    try:
+        over.set()
+        for thread in set(threading.enumerate()) - before:
+            thread.join(20)
+        assert rings == []
+    finally:
+        signal.signal(signal.SIGALRM, usual)
+
+
+def test_a_log_that_nobody_reads_any_more_stops_no_drain() -> None:
+    def tell(name: str) -> None:
+        raise BrokenPipeError(name)
+
+    drain = Drain(30, tell)
+    with drain.listening(), drain.during(set), pytest.raises(Stopped):
+        struck()
+
+
+def test_a_command_ends_with_an_error_before_and_after_the_work() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"), stoppable():
+        struck()
+    assert signal.getsignal(signal.SIGTERM) is before
