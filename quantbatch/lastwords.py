@@ -6,14 +6,19 @@ where every thread was to a file that was opened before, and ends the process. T
 same name that starts after it on the same machine reads the file and tells (`gate`).
 
 There is one of each in a process, as there is one `faulthandler`. What is killed from outside (out
-of memory) or leaves by itself says nothing.
+of memory) or leaves by itself says nothing. Nor does anybody where there is no folder that nobody
+else can write to: the name of a file that we open must not be another user's link.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import fcntl
+import logging
 import os
 import re
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -21,8 +26,12 @@ from typing import IO
 
 from quantbatch.suspects import DIED, HUNG, Death
 
+logger = logging.getLogger(__name__)
+
 ARMED_AGAIN_AFTER_S = 1.0
 """Setting the deadline again starts a thread: 60 us (measured), too much for each step."""
+KEPT_S = 24 * 3600.0
+"""How long last words are kept of a process that was not started again on the same machine."""
 _FATAL = re.compile(r"Fatal Python error: (.+)|Timeout \((.+)\)!")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
 
@@ -36,24 +45,31 @@ class LastWords:
     """
 
     def __init__(self, name: str, folder: Path | None = None) -> None:
-        folder = folder or Path(tempfile.gettempdir(), f"quantbatch-{os.getuid()}")
-        folder.mkdir(mode=0o700, exist_ok=True)
-        self._path = folder / f"{re.sub(r'[^A-Za-z0-9-]', '_', name)}.words"
-        self.before = self._read()
+        self.before = Death()
         """How the process of that name before this one ended."""
-        self._file: IO[str] = self._path.open("w", encoding="utf-8")
+        try:
+            folder = folder or Path(tempfile.gettempdir(), f"quantbatch-{os.getuid()}")
+            self._path = _ours(folder) / f"{re.sub(r'[^A-Za-z0-9-]', '_', name)}.words"
+            self._file = self._opened()
+        except OSError as error:
+            logger.warning("a process that dies can't say of what: %s", error)
+            self._path = Path(os.devnull)
+            self._file = self._path.open("w", encoding="utf-8", errors="backslashreplace")
         faulthandler.enable(self._file)
 
-    def _read(self) -> Death:
-        try:
-            return read(self._path.read_text(encoding="utf-8", errors="replace"))
-        except FileNotFoundError:
-            return Death()
+    def _opened(self) -> IO[str]:
+        with contextlib.suppress(FileNotFoundError):
+            self.before = read(self._path.read_text(encoding="utf-8", errors="replace"))
+        file = self._path.open("w", encoding="utf-8", errors="backslashreplace")
+        # Tells `_ours` that this process lives.
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return file
 
     def say(self, words: str) -> None:
         """Leave words before the process ends itself."""
-        self._file.write(f"Fatal Python error: {words}\n")
-        self._file.flush()
+        with contextlib.suppress(OSError):  # a full disk must not keep it from that
+            self._file.write(f"Fatal Python error: {words}\n")
+            self._file.flush()
 
     def watchdog(self, deadline_s: float) -> Watchdog:
         """Return a watchdog that ends the process if a step takes too long."""
@@ -64,7 +80,8 @@ class LastWords:
         faulthandler.cancel_dump_traceback_later()
         faulthandler.disable()
         self._file.close()
-        self._path.unlink(missing_ok=True)
+        if self._path != Path(os.devnull):
+            self._path.unlink(missing_ok=True)
 
 
 class Watchdog:
@@ -90,6 +107,26 @@ class Watchdog:
         if self._armed_at is not None:
             faulthandler.cancel_dump_traceback_later()
             self._armed_at = None
+
+
+def _ours(folder: Path) -> Path:
+    """Make a folder that only this user can write to, and remove what is of no use any more: what
+    Ray ends is not asked to clean up.
+
+    Raises:
+        PermissionError: It is another's, or others can write to it.
+    """
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{folder} is not this user's alone")
+    for path in folder.glob("*.words"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > KEPT_S:
+                with path.open(encoding="utf-8") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+    return folder
 
 
 def read(text: str) -> Death:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from quantbatch.lastwords import read
+from quantbatch import lastwords
+from quantbatch.lastwords import LastWords, read
 from quantbatch.suspects import DIED, HUNG, Death
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
 PROGRAM = """
 import ctypes, os, sys, threading, time
@@ -81,3 +86,64 @@ def test_the_next_process_reads_it_once(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert "illegal memory access" in ended.stdout
     assert died(tmp_path, "killed")[1] == Death()
+
+
+@pytest.fixture
+def faulthandler_kept() -> Iterator[None]:
+    """Leave pytest's own as it was; all of these end in `close`."""
+    yield
+    faulthandler.enable(sys.__stderr__)
+
+
+@pytest.mark.usefixtures("faulthandler_kept")
+@pytest.mark.parametrize("how", ["writable", "link", "file", "missing"])
+def test_a_folder_that_is_not_ours_alone_is_left_alone(tmp_path: Path, how: str) -> None:
+    folder, others = tmp_path / "folder", tmp_path / "others"
+    others.mkdir()
+    match how:
+        case "writable":
+            folder.mkdir()
+            folder.chmod(0o777)
+        case "link":
+            folder.symlink_to(others)
+        case "file":
+            folder.touch()
+        case _:
+            folder = tmp_path / "none" / "folder"
+    words = LastWords("a", folder)
+    assert words.before == Death()
+    words.watchdog(60).alive()
+    words.say("lost")
+    words.close()
+    assert not list(tmp_path.rglob("*.words"))
+    assert Path(os.devnull).exists()
+
+
+@pytest.mark.usefixtures("faulthandler_kept")
+def test_what_nobody_came_for_is_removed_after_a_day(tmp_path: Path) -> None:
+    died(tmp_path, "killed")  # replica/1
+    (tmp_path / "today.words").touch()
+    alive = LastWords("alive", tmp_path)
+    long_ago = time.time() - 2 * lastwords.KEPT_S
+    for name in ("replica_1", "alive"):
+        os.utime(tmp_path / f"{name}.words", (long_ago, long_ago))
+    # Another process looks: what this one holds open, it could open itself.
+    died(tmp_path, "end")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alive.words", "today.words"]
+    alive.close()
+
+
+@pytest.mark.usefixtures("faulthandler_kept")
+def test_words_that_can_not_be_written_keep_nobody_from_leaving(tmp_path: Path) -> None:
+    words = LastWords("a", tmp_path)
+    words.say("\udcff")
+    assert read((tmp_path / "a.words").read_text()).words == ": \\udcff"
+    words.close()
+    full = LastWords("b", tmp_path)
+    os.ftruncate(full._file.fileno(), 0)
+    with Path("/dev/full").open("w") as no_room:
+        os.dup2(no_room.fileno(), full._file.fileno())
+    full.say("no room")
+    # What is in the buffer goes nowhere when the file is closed.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), full._file.fileno())
+    full.close()
