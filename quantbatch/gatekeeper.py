@@ -6,9 +6,9 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 import ray
-import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from quantbatch import cluster
 from quantbatch.gate import Gate, Lost
 
 if TYPE_CHECKING:
@@ -40,12 +40,9 @@ class RemoteGate:
 
     def close(self) -> set[int]:
         """See `Gate`."""
-        try:
-            under_way: set[int] = ray.get(self._gate.close.remote())
-        except ray.exceptions.RayError:
-            # It died, or its round is over: nothing passes any more.
-            return set()
-        return under_way
+        # If it is gone, or its round is over, nothing passes any more.
+        under_way: set[int] | None = _answer(self._gate.close.remote())
+        return under_way or set()
 
     def lost(self) -> Lost:
         """See `Gate`."""
@@ -54,7 +51,10 @@ class RemoteGate:
 
 
 class Door:
-    """The door of whatever actor holds it; see `gate.Door`."""
+    """The door of whatever actor holds it; see `gate.Door`.
+
+    A gate that is gone lets nothing pass: the driver hears of it when it asks what was lost.
+    """
 
     def __init__(self, gate: Any, round: str) -> None:  # noqa: ANN401 - Ray's handles have no type
         self._gate = gate
@@ -67,18 +67,26 @@ class Door:
 
     def starts(self, last: Death) -> str:
         """See `gate.Door`."""
-        reason: str = ray.get(self._gate.starts.remote(self.name, last))
-        return reason
+        reason: str | None = _answer(self._gate.starts.remote(self.name, last))
+        return reason or ""
 
     def ready(self) -> None:
         """See `gate.Door`."""
-        ray.get(self._gate.ready.remote(self.name))
+        _answer(self._gate.ready.remote(self.name))
 
     def begin(self, chunk: int, *, reading: bool = False) -> bool:
         """See `gate.Door`."""
-        may: bool = ray.get(self._gate.begin.remote(self.name, chunk, reading=reading))
-        return may
+        may: bool | None = _answer(self._gate.begin.remote(self.name, chunk, reading=reading))
+        return bool(may)
 
     def end(self, chunk: int, *, answered: bool) -> None:
         """See `gate.Door`."""
-        ray.get(self._gate.end.remote(self.name, chunk, answered=answered))
+        _answer(self._gate.end.remote(self.name, chunk, answered=answered))
+
+
+def _answer(asked: Any) -> Any:  # noqa: ANN401 - Ray's references have no type
+    """Wait for what a gate says; None if it is gone."""
+    try:
+        return ray.get(asked)
+    except cluster.DEATHS:
+        return None

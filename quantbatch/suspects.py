@@ -33,6 +33,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from quantbatch.errors import StorageError
 from quantbatch.records import Blame, Trial
 from quantbatch.storage import PRIVATE
 
@@ -188,7 +189,9 @@ class Suspects:
     def note(self, chunk: Chunk, search: Search | None = None) -> None:
         """Note, also for a driver that continues, that a chunk is a suspect and how far it is."""
         self._searches[key(chunk)] = search
-        self._store.put(key(chunk), b"null" if search is None else search.to_bytes())
+        # Without the record, a driver that continues begins this search again.
+        with contextlib.suppress(StorageError):
+            self._store.put(key(chunk), b"null" if search is None else search.to_bytes())
 
 
 def _search_of(data: bytes) -> Search | None:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from hypothesis import given
 from hypothesis import strategies as st
+from typing_extensions import override
 
+from quantbatch.errors import StorageError
 from quantbatch.records import Again, Chunk, Slice, Trial
 from quantbatch.storage import LocalStore
 from quantbatch.suspects import (
@@ -151,3 +153,14 @@ def test_a_retry_is_searched_apart() -> None:
     retried = Chunk(4, 0, chunk_of(100).slices, Again(2, 0, (7, 50)))
     assert Search.of(retried).rows == 2
     assert key(retried) != key(chunk_of(100))
+
+
+def test_a_record_that_can_not_be_kept_stops_nothing(tmp_path: Path) -> None:
+    class Full(LocalStore):
+        @override
+        def put(self, key: str, data: bytes) -> None:
+            raise StorageError("no space left on device")
+
+    suspects = Suspects(Full(str(tmp_path)))
+    suspects.note(chunk_of(8))
+    assert chunk_of(8) in suspects
