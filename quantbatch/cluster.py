@@ -6,10 +6,8 @@ import contextlib
 import logging
 import math
 import os
-import signal
 import socket
 import sys
-import threading
 import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +18,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 from typing_extensions import override
 
-from quantbatch.draining import stopped_by
+from quantbatch.draining import ours_again
 from quantbatch.errors import ClusterError, JobError, Stopped
 
 if TYPE_CHECKING:
@@ -64,6 +62,8 @@ DEATHS = (
     ray.exceptions.RaySystemError,
 )
 """What Ray raises when a process, a node or what they held is gone."""
+_NO_ROOM = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError)
+"""What it raises where a chunk finds no room on its way from one process to the next."""
 _DROPS = logging.getLogger("ray.data._internal.execution.streaming_executor_state")
 
 
@@ -112,7 +112,7 @@ def _init(cluster: Cluster) -> None:
     try:
         if address:
             _knock(address)
-        with _quiet_start(), _signals_kept():
+        with _quiet_start(), ours_again():
             ray.init(address or "local", **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ClusterError(
@@ -126,24 +126,6 @@ def _knock(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=5).close()
-
-
-@contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Keep Ray's way of ending at SIGTERM, without a word and with code 15, to the time in which it
-    starts, and end in our way there too.
-
-    Raises:
-        Stopped: The signal came.
-    """
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    except SystemExit as error:
-        raise stopped_by(signal.SIGTERM.name) from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -347,6 +329,12 @@ def explained() -> Iterator[None]:
     """Turn the ways in which work on Ray can break down into an error that says so."""
     try:
         yield
+    except _NO_ROOM as error:
+        raise Stopped(
+            f"Ray's object store has no room: {first_line(error)}",
+            "make room where Ray spills to, or lower cluster.chunks_in_flight; the same command "
+            "continues",
+        ) from error
     except DEATHS as error:
         raise Stopped(
             f"a process of the job died: {first_line(error)}",
@@ -381,7 +369,7 @@ class Dropped(logging.Filter):
 
     def note(self, error: BaseException) -> None:
         """Note an error that came otherwise."""
-        if isinstance(error, DEATHS):
+        if isinstance(error, (*DEATHS, *_NO_ROOM)):
             self.cause = first_line(error)
         else:
             self._fault = error

@@ -40,6 +40,24 @@ def stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def ours_again() -> Iterator[None]:
+    """Keep Ray's way of ending at SIGTERM, without a word and with code 15, to the time in which it
+    starts, and end with our error there too.
+
+    Raises:
+        Stopped: The signal came.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as error:
+        raise stopped_by(signal.SIGTERM.name) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def stopped_by(name: str) -> Stopped:
     """Return what ends a run that was told to stop by a signal."""
     return Stopped(f"stopped by {name}", "the same command continues the job")

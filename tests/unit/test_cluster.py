@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, OutOfDiskError
 
 from quantbatch import sizing
-from quantbatch.cluster import card_names, chunks_in_flight
+from quantbatch.cluster import Dropped, card_names, chunks_in_flight, explained
+from quantbatch.errors import Stopped
 from quantbatch.spec import Cluster
 
 
@@ -61,3 +63,23 @@ def test_the_cards_of_a_cluster_are_those_of_its_live_nodes(
     assert smallest.name == "A10G"
     assert sizing.smallest(["AMD-Instinct-MI300X-OAM"]) is None
     assert sizing.smallest(["A100", "A100-80G"]) == sizing.smallest(["A100-40G"])
+
+
+@pytest.mark.parametrize(
+    "error", [OutOfDiskError("Local disk is full\nand more"), ActorDiedError()]
+)
+def test_what_is_lost_on_a_node_comes_again_and_is_no_fault_of_ours(error: Exception) -> None:
+    dropped = Dropped()
+    dropped.note(error)
+    dropped.raise_fault()
+    assert dropped.cause
+    assert "\n" not in dropped.cause
+    with pytest.raises(Stopped, match="the same command continues"), explained():
+        raise error
+
+
+def test_what_our_stages_raise_is_a_fault() -> None:
+    dropped = Dropped()
+    dropped.note(AssertionError("ours"))
+    with pytest.raises(AssertionError, match="ours"):
+        dropped.raise_fault()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from quantbatch.draining import Drain, stoppable
+from quantbatch.draining import Drain, ours_again, stoppable
 from quantbatch.errors import Stopped
 
 if TYPE_CHECKING:
@@ -168,4 +169,15 @@ def test_a_command_ends_with_an_error_before_and_after_the_work() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped, match="stopped by SIGTERM"), stoppable():
         struck()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_while_ray_starts_is_told_as_any_other() -> None:
+    def start_as_ray_does() -> None:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+        struck()
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"), ours_again():
+        start_as_ray_does()
     assert signal.getsignal(signal.SIGTERM) is before

@@ -92,7 +92,7 @@ def test_the_next_process_reads_it_once(tmp_path: Path) -> None:
 def faulthandler_kept() -> Iterator[None]:
     """Leave pytest's own as it was; all of these end in `close`."""
     yield
-    faulthandler.enable(sys.__stderr__)
+    faulthandler.enable(2)
 
 
 @pytest.mark.usefixtures("faulthandler_kept")
