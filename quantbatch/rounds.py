@@ -190,7 +190,7 @@ class Rounds:
         if self._idle >= self._attempts:
             raise Stopped(
                 f"nothing was answered in {self._idle} rounds: "
-                f"{dropped.cause or 'Ray does not say why'}",
+                f"{dropped.cause or 'no reason is known'}",
                 "the same command continues the job",
             )
         return lost
