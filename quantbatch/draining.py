@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from types import FrameType
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
+CLOSING_S = 10.0
+"""Longest wait in seconds for the gate's answer when a run ends before it came; it takes
+milliseconds."""
 
 
 @contextlib.contextmanager
@@ -81,6 +84,7 @@ class Drain:
         self._close: Callable[[], set[int]] | None = None
         self._under_way: set[int] | None = None
         self._done: set[int] = set()
+        self._closing: threading.Thread | None = None
         self._asking = threading.Lock()
         """Held while `_close` goes, and while the main thread is woken since nothing is under way:
         an alarm must not come when nobody listens any more, because it would kill the process."""
@@ -97,8 +101,13 @@ class Drain:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            try:
+                if self._closing:
+                    # Ray ends a process in which a thread asks it for something after its shutdown.
+                    self._closing.join(CLOSING_S)
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     @contextlib.contextmanager
     def during(self, close: Callable[[], set[int]]) -> Iterator[None]:
@@ -135,7 +144,10 @@ class Drain:
             self._on_alarm(number, frame)
         signal.setitimer(signal.ITIMER_REAL, self._seconds)
         # A handler runs between any two lines of the main thread, so it asks nobody itself.
-        threading.Thread(target=self._close_gate, args=(self._close,), daemon=True).start()
+        self._closing = threading.Thread(
+            target=self._close_gate, args=(self._close,), name="closing", daemon=True
+        )
+        self._closing.start()
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> NoReturn:
         del number, frame

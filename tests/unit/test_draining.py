@@ -181,3 +181,26 @@ def test_a_signal_while_ray_starts_is_told_as_any_other() -> None:
     with pytest.raises(Stopped, match="stopped by SIGTERM"), ours_again():
         start_as_ray_does()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_that_ends_waits_for_the_thread_that_closes_the_gate(told: list[str]) -> None:
+    """Ray would end the process if that thread asked it for something after its shutdown."""
+    drain = Drain(30, told.append)
+    begun, closed = threading.Event(), threading.Event()
+
+    def close() -> set[int]:
+        begun.set()
+        time.sleep(0.5)
+        closed.set()
+        return set()
+
+    with pytest.raises(Stopped), drain.listening(), drain.during(close):
+        interrupted(begun)
+    assert closed.is_set()
+
+
+def interrupted(begun: threading.Event) -> None:
+    """Get two signals, the second while the gate is being closed."""
+    send()
+    assert begun.wait(20)
+    struck()
