@@ -1,7 +1,7 @@
 # Each target makes what it needs; on a fresh machine the first one creates .venv and installs into it.
 PYTHON ?= python3
 BIN := .venv/bin
-SOAKED := tests/faults tests/integration/test_kills.py tests/integration/test_rivals.py \
+SOAKED := tests/faults tests/integration/test_kills.py tests/integration/test_drains.py tests/integration/test_rivals.py \
 	tests/integration/test_memory.py tests/integration/test_store_faults.py tests/unit/test_specfuzz.py \
 	tests/unit/input/test_hostile_files.py
 
