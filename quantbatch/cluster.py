@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import socket
 import sys
 import warnings
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray
 import ray.data
 import ray.exceptions
+from ray._private.ray_logging import stdout_deduplicator
 from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 from typing_extensions import override
@@ -50,7 +52,6 @@ _CARD, _CARD_LABEL = "accelerator_type:", "ray.io/accelerator-type"
 READER_CPUS = 0.5
 LIGHT_TASK_CPUS = 1.0
 """CPU cores that readers need beside replicas on CPUs; at least one reader must have room."""
-
 
 DEATHS = (
     ray.exceptions.RayActorError,
@@ -89,14 +90,15 @@ def joined(cluster: Cluster) -> Iterator[None]:
     Raises:
         ClusterError: No cluster answers.
     """
-    ours = not ray.is_initialized()
-    if ours:
-        _init(cluster)
-    try:
+    if ray.is_initialized():
         yield
+        return
+    _init(cluster)
+    try:
+        with _quiet_raylet():
+            yield
     finally:
-        if ours:
-            ray.shutdown()
+        ray.shutdown()
 
 
 def _init(cluster: Cluster) -> None:
@@ -141,6 +143,18 @@ def _quiet_start() -> Iterator[None]:
         os.dup2(terminal, 2)
         os.close(terminal)
         os.close(nothing)
+
+
+@contextlib.contextmanager
+def _quiet_raylet() -> Iterator[None]:
+    """Keep off stdout what Ray says of each process that dies: 900 characters, `log_to_driver` or
+    not (2.60). What matters of it comes as an exception.
+    """
+    before, stdout_deduplicator.skip_re = stdout_deduplicator.skip_re, re.compile("")
+    try:
+        yield
+    finally:
+        stdout_deduplicator.skip_re = before
 
 
 def _replica_cpus(cluster: Cluster) -> float:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from ray._private.worker import print_to_stdstream
 from ray.exceptions import ActorDiedError, OutOfDiskError
 
 from quantbatch import sizing
-from quantbatch.cluster import Dropped, card_names, chunks_in_flight, explained
+from quantbatch.cluster import Dropped, _quiet_raylet, card_names, chunks_in_flight, explained
 from quantbatch.errors import Stopped
 from quantbatch.spec import Cluster
 
@@ -83,3 +84,18 @@ def test_what_our_stages_raise_is_a_fault() -> None:
     dropped.note(AssertionError("ours"))
     with pytest.raises(AssertionError, match="ours"):
         dropped.raise_fault()
+
+
+def test_what_ray_says_of_processes_that_die_is_kept_off_the_result(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def say(what: str) -> None:
+        # As `ray._private.worker.listen_error_messages` does.
+        data = {"lines": [f"A worker died {what}"], "pid": "raylet", "is_err": False}
+        print_to_stdstream(data, ignore_prefix=False)
+
+    with _quiet_raylet():
+        say("in a run")
+    assert capsys.readouterr().out == ""
+    say("of somebody else")
+    assert "of somebody else" in capsys.readouterr().out
