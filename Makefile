@@ -12,7 +12,7 @@ demo: .venv/installed ## Run the quickstart job on docstrings of this Python's s
 
 # Two processes: half of the time goes by waiting. What the tests counted stands at the end.
 test: .venv/installed ## Unit and integration tests; those for a card and the slow ones are left out
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Prints kills, jobs, wrong outputs and rows recomputed. A seed that fails is printed: set it to replay.
 soak: .venv/installed ## An hour of what `make test` does for minutes: 300 kills, rivals, a million rows, fuzz

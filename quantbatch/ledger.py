@@ -282,12 +282,16 @@ class Ledger:
         }
 
     def _load(self) -> None:
-        """Look at how far the job is."""
+        """Look at how far the job is.
+
+        At its retries first: what is published then is as new as they are, or newer, which
+        `_is_newest` notices. The other way round old files would be taken for those of a new retry.
+        """
         self.published, self.commits = {}, {}
+        self.retries = Retries.load(self.store)
         self._load_plan()
         if self.plan:
             self._load_progress(self.plan)
-            self.retries = Retries.load(self.store)
 
     def _load_plan(self) -> None:
         keys = sorted(info.key for info in self.store.list(f"{PRIVATE}/plan"))

@@ -1,11 +1,13 @@
 """Fixtures that several test files share."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from quantbatch.input import sources
 
 SENTENCES = [
     "The food was nice and the staff were friendly, so we will come again next week.",
@@ -49,6 +51,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("what was counted")
         for line in sorted(lines):
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(autouse=True)
+def no_file_left_open() -> Iterator[None]:
+    """Close what a test has read from: Python would warn in a later one that nobody did."""
+    yield
+    sources.close_readers()
 
 
 @pytest.fixture(scope="session")

@@ -286,6 +286,13 @@ _PAUSED: dict[_ReaderKey, _Reader] = {}
 """At most one reader, between two slices."""
 
 
+def close_readers() -> None:
+    """Close the file that is kept open for its next slice, if there is one."""
+    while _PAUSED:
+        with contextlib.suppress(KeyError):  # another thread was first
+            _PAUSED.popitem()[1].close()
+
+
 @contextlib.contextmanager
 def _cursor(
     store: Store, piece: Slice, input: Input, columns: tuple[str, ...]

@@ -102,18 +102,18 @@ def probe(store: Store) -> None:
         StorageError: The store can't be written.
         Refused: A second claim of a key replaced the first, or what was claimed is not listed.
     """
-    folder = f"{PRIVATE}/probe/{uuid.uuid4().hex}"
-    key = f"{folder}/claim"
+    folder = f"{PRIVATE}/probe"
+    key = f"{folder}/{uuid.uuid4().hex}"
     first = store.claim(key, b"first")
     second = store.claim(key, b"second")
-    listed = [(info.key, info.size) for info in store.list(folder)]
+    listed = {info.key: info.size for info in store.list(folder)}
     store.delete(key)
     if (first, second) != (b"first", b"first"):
         raise Refused(
             f"{redact(store.uri)}: the store replaced an object that a conditional put must keep",
             "an output needs a store that honours If-None-Match, as AWS S3 and local disks do",
         )
-    if listed != [(key, len(first))]:
+    if listed.get(key) != len(first):
         raise Refused(
             f"{redact(store.uri)}: the store does not list what was just put",
             "an output needs a store whose listings are consistent, as AWS S3 and local disks are",

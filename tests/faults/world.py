@@ -137,7 +137,7 @@ class World:
         _latest[:] = [self]
         self.scheduler = Scheduler(choices)
         processes = [self.scheduler.spawn(name, work) for name, work in commands]
-        sources._PAUSED.clear()
+        sources.close_readers()
         try:
             self.scheduler.run()
         finally:

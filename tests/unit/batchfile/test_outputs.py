@@ -18,13 +18,12 @@ from openai.types.chat import ChatCompletion
 from quantbatch import preflight, stages
 from quantbatch.commits import publish_shard
 from quantbatch.errors import InputError
-from quantbatch.input import sources
 from quantbatch.replica import Replica
 from quantbatch.spec import JobSpec
 from quantbatch.verify import verify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 MODEL = Path(__file__).parents[3] / "configs" / "quickstart" / "model"
 CHAT, COMPLETION, EMBEDDING = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -101,14 +100,6 @@ def run_here(spec: JobSpec, *, chunks: int | None = None) -> None:
         job.ledger.record_published(published)
     if job.ledger.finished:
         job.ledger.succeed()
-
-
-@pytest.fixture(autouse=True)
-def without_open_files() -> Iterator[None]:
-    """Close what readers keep open for the next slice."""
-    yield
-    while sources._PAUSED:
-        sources._PAUSED.popitem()[1].close()
 
 
 def read(folder: Path, ending: str) -> list[dict[str, Any]]:
