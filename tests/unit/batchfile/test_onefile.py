@@ -18,10 +18,7 @@ from tests.unit.batchfile.test_outputs import (
     MODEL,
     chat,
     run_here,
-    without_open_files,
 )
-
-__all__ = ["without_open_files"]  # a fixture, for every test here too
 
 ECHO = ["engine.kind=echo", "sampling.max_new_tokens=8", "output.rows_per_part=6"]
 
