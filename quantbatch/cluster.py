@@ -66,6 +66,8 @@ DEATHS = (
 _NO_ROOM = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError)
 """What it raises where a chunk finds no room on its way from one process to the next."""
 _DROPS = logging.getLogger("ray.data._internal.execution.streaming_executor_state")
+_TRACES = logging.getLogger("ray.data.exceptions")
+"""Logs whatever is raised while a dataset is read, also what a signal raises, and raises it on."""
 
 
 @contextlib.contextmanager
@@ -369,9 +371,11 @@ class Dropped(logging.Filter):
     def noted(self) -> Iterator[None]:
         """Take from Ray's log what is noted here."""
         _DROPS.addFilter(self)
+        _TRACES.disabled = True
         try:
             yield
         finally:
+            _TRACES.disabled = False
             _DROPS.removeFilter(self)
 
     @override

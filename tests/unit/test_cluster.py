@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -99,3 +100,13 @@ def test_what_ray_says_of_processes_that_die_is_kept_off_the_result(
     assert capsys.readouterr().out == ""
     say("of somebody else")
     assert "of somebody else" in capsys.readouterr().out
+
+
+def test_what_a_signal_raises_in_the_middle_of_a_dataset_is_not_logged_too(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    log = logging.getLogger("ray.data.exceptions")
+    with Dropped().noted():
+        log.error("Full stack trace:")
+    assert not caplog.records
+    assert not log.disabled
