@@ -9,7 +9,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from quantbatch.errors import ModelError, RowError
 from quantbatch.prompts.chat_budget import chars_of
 from quantbatch.prompts.chat_sandbox import ChatSandbox
-from quantbatch.prompts.sandbox import MAX_PROMPT_CHARS
+from quantbatch.prompts.sandbox import MAX_PROMPT_CHARS, TEMPLATE_ERRORS
 from quantbatch.toolcalls import family_of
 
 if TYPE_CHECKING:
@@ -18,17 +18,6 @@ if TYPE_CHECKING:
     from quantbatch import spec
     from quantbatch.prompts.chat_sandbox import ChatProgram
     from quantbatch.prompts.tokens import Conversation
-
-CHAT_ERRORS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-)
-"""What a chat template can raise on a conversation that it does not expect."""
 
 
 def require_chat_template(prompt: spec.Prompt, chat_template: str | None) -> None:
@@ -105,7 +94,7 @@ class ChatTemplate:
             return self._text(conversation, tools)
         except RowError as error:
             return error
-        except CHAT_ERRORS as error:
+        except TEMPLATE_ERRORS as error:
             return RowError("chat_template", f"the model's chat template: {str(error)[:500]}")
 
     def _text(self, conversation: Conversation, tools: list[dict[str, Any]] | None) -> str:

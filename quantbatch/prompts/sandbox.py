@@ -23,7 +23,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jinja2 import StrictUndefined, UndefinedError
+from jinja2 import StrictUndefined, TemplateError, UndefinedError
 from jinja2.filters import FILTERS as JINJA_FILTERS
 from jinja2.runtime import LoopContext, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -37,6 +37,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from jinja2.runtime import Context
+
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
+"""What a template can raise on values that it does not expect."""
 
 MAX_PROMPT_CHARS = 20_000_000
 """Longest text that a template may build: twice the 10 MB row that has to reach the length policy.

@@ -16,7 +16,7 @@ import difflib
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import TemplateSyntaxError, nodes
 from jinja2.visitor import NodeTransformer
 
 from quantbatch.errors import JobError, RowError, SpecError
@@ -129,15 +129,7 @@ class RowTemplate:
             raise RowError("null_prompt", self._locate(error, str(error))) from error
         except RowError as error:
             raise RowError(error.kind, self._locate(error, error.message)) from error
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except sandbox.TEMPLATE_ERRORS as error:
             raise RowError("template", self._locate(error, str(error))) from error
 
     def _locate(self, error: Exception, message: str) -> str:

@@ -13,8 +13,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from quantbatch import spec
 from quantbatch.errors import ModelError, RowError
 from quantbatch.prompts import chat_budget, chat_sandbox
-from quantbatch.prompts.chat import CHAT_ERRORS, ChatTemplate
+from quantbatch.prompts.chat import ChatTemplate
 from quantbatch.prompts.chat_sandbox import ChatSandbox
+from quantbatch.prompts.sandbox import TEMPLATE_ERRORS
 
 if TYPE_CHECKING:
     from tests.conftest import Count
@@ -316,7 +317,7 @@ def test_python_is_out_of_reach(count: Count) -> None:
         try:
             program = ChatSandbox().compiled(source)
             found = program.render({"messages": MESSAGES, "bos_token": "<s>"}, chars=100)
-        except (*CHAT_ERRORS, RowError):
+        except (*TEMPLATE_ERRORS, RowError):
             continue
         assert found in harmless, (source, found[:100])
     count(f"payloads={len(ESCAPES)} escaped=0")
