@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from quantbatch.draining import Drain
     from quantbatch.leases import Leases
     from quantbatch.preflight import Job
-    from quantbatch.records import Chunk
+    from quantbatch.records import Chunk, Trial
 
 MAX_INPUT_BLOCKS = 2000
 """Blocks in which Ray gets the chunk list. Each costs 1.7 ms before the first chunk runs (measured
@@ -222,34 +222,45 @@ class Rounds:
     def _search(self, chunk: Chunk, trials: Trials) -> Generator[Receipt]:
         search = self._suspects.search(chunk)
         while search:
-            with self._drain.during(lambda: {chunk.id}):
-                found = trials.attempt(replace(chunk, trial=search.trial()))
-                search = self._after(chunk, search, found)
-                self._suspects.note(chunk, search)
-                if isinstance(found, Receipt) and found.committed:
-                    yield found
-                    search = None
-                self._drain.done(chunk.id)
+            found = self._attempt(chunk, search.trial(), trials)
+            if isinstance(found, Receipt):
+                search = search.survived()
+            elif self._may_be_a_row(chunk, search, trials):
+                search = search.died(found, most=self._attempts)
+            else:
+                # Whom it blamed meanwhile was as innocent as all others.
+                self._suspects.note(chunk, Search.of(chunk))
+                raise self._all_die(found.words)
+            self._suspects.note(chunk, search)
+            if isinstance(found, Receipt) and found.committed:
+                yield found
+                search = None
+            self._drain.done(chunk.id)
 
-    def _after(self, chunk: Chunk, search: Search, found: Receipt | Death) -> Search:
-        """Return a search after another attempt.
+    def _attempt(self, chunk: Chunk, trial: Trial, trials: Trials) -> Receipt | Death:
+        """Try some rows of a chunk alone, and count deaths in a row."""
+        with self._drain.during(lambda: {chunk.id}):
+            found = trials.attempt(replace(chunk, trial=trial))
+        if isinstance(found, Death):
+            self._deaths += 1
+            return found
+        if found.trouble:
+            raise in_the_end(*found.trouble)
+        # To leave out all rows that are blamed proves nothing.
+        self._lived |= trial.asks
+        self._deaths = 0 if self._lived else self._deaths
+        return found
 
-        Raises:
-            Stopped: So many died in a row that no row can be the reason.
+    def _may_be_a_row(self, chunk: Chunk, search: Search, trials: Trials) -> bool:
+        """Tell whether a row can be the reason for the last death, and not the machine.
+
+        Of more attempts in a row than finding a row takes, each may have had a row that kills. So
+        the other rows are tried in parts, of which one lives unless there is such a row in all.
         """
-        if isinstance(found, Receipt):
-            if found.trouble:
-                raise in_the_end(*found.trouble)
-            # To leave out all rows that are blamed proves nothing.
-            self._lived |= search.trial().asks
-            self._deaths = 0 if self._lived else self._deaths
-            return search.survived()
-        self._deaths += 1
-        if self._deaths > attempts_for_a_row(search.rows) + self._attempts:
-            # Whom it blamed meanwhile was as innocent as all others.
-            self._suspects.note(chunk, Search.of(chunk))
-            raise self._all_die(found.words)
-        return search.died(found, most=self._attempts)
+        if self._deaths <= attempts_for_a_row(search.rows) + self._attempts:
+            return True
+        parts = search.parts(self._attempts + 1)
+        return any(isinstance(self._attempt(chunk, part, trials), Receipt) for part in parts)
 
     def _through(
         self, items: list[dict[str, str]], in_flight: int, gate: RemoteGate

@@ -30,7 +30,7 @@ import contextlib
 import json
 import math
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from quantbatch.errors import StorageError
@@ -38,6 +38,8 @@ from quantbatch.records import Blame, Trial
 from quantbatch.storage import PRIVATE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from quantbatch.records import Chunk
     from quantbatch.storage import Store
 
@@ -93,6 +95,14 @@ class Search:
         if self.low == self.high:
             return Trial(0, self.rows, self.blamed, self.rows)
         return Trial(self.low, self._middle, self.blamed, self.rows)
+
+    def parts(self, most: int) -> Iterator[Trial]:
+        """Yield trials with a part of the rows each; together they ask all that is not blamed."""
+        ends = [self.rows * n // most for n in range(most + 1)]
+        for low, high in pairwise(ends):
+            trial = Trial(low, high, self.blamed, self.rows)
+            if trial.asks and not trial.commits:
+                yield trial
 
     def survived(self) -> Search:
         """Note that a trial which does not commit ended well."""

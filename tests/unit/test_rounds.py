@@ -199,3 +199,10 @@ def test_a_death_of_which_nothing_is_left_stops_no_round(tmp_path: Path) -> None
         for receipt in Here(job, world.left.values, device="cpu", drain=drain).receipts():
             world.left.pop(receipt.chunk)
     assert tries == 4
+
+
+def test_rows_that_kill_side_by_side_are_found_in_the_only_chunk(tmp_path: Path) -> None:
+    """Every half that the search tries first has one: nothing lives until it looks elsewhere."""
+    world = World(tmp_path, chunks=1, rows=16, deadly=[0, 1, 2])
+    world.run()
+    assert world.blamed == {0, 1, 2}
