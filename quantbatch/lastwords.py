@@ -22,9 +22,12 @@ import stat
 import tempfile
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from quantbatch.suspects import DIED, HUNG, Death
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +77,16 @@ class LastWords:
     def watchdog(self, deadline_s: float) -> Watchdog:
         """Return a watchdog that ends the process if a step takes too long."""
         return Watchdog(self._file, deadline_s)
+
+    @contextlib.contextmanager
+    def within(self, deadline_s: float) -> Iterator[None]:
+        """End the process if what is done meanwhile takes too long."""
+        dog = self.watchdog(deadline_s)
+        dog.alive()
+        try:
+            yield
+        finally:
+            dog.rest()
 
     def close(self) -> None:
         """Leave nothing behind: the process ends well."""

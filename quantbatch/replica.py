@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -42,6 +43,7 @@ from quantbatch.wants import Write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     import pyarrow as pa
 
@@ -175,7 +177,8 @@ class Replica:
         """How the process of this name before this one ended."""
         try:
             self._knock()
-            loaded = load_engine(job)
+            with self._within(job.spec.limits.load_timeout_s):
+                loaded = load_engine(job)
         except JobError as error:
             self._broken = error
             return
@@ -201,6 +204,9 @@ class Replica:
                 "see what the machine's memory, the card and its driver say; then the same command"
             )
             raise Stopped(reason, f"{hint} continues the job")
+
+    def _within(self, deadline_s: float) -> AbstractContextManager[None]:
+        return self._words.within(deadline_s) if self._words else contextlib.nullcontext()
 
     def _leave(self, code: int, reason: str) -> None:
         if self._words:

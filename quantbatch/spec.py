@@ -775,6 +775,10 @@ class Limits(Section):
     """Longest time in seconds that a step of the engine may take. A replica that hangs longer is
     ended, and the row that does it becomes an error row. The first step on a card compiles kernels;
     600 is far beyond that."""
+    load_timeout_s: Annotated[float, Field(gt=0)] = Field(3600.0, json_schema_extra=TUNING)
+    """Longest time in seconds that a replica may take to load its model, with the time in which
+    others of its node load. One that hangs longer, in a driver or in a network's disk, is ended;
+    `attempts` says how often another one tries."""
     drain_s: Annotated[float, Field(ge=0)] = Field(25.0, json_schema_extra=TUNING)
     """Time in seconds that chunks under way have to finish when a run is told to stop (SIGTERM or
     Ctrl-C; a second one ends it at once). Kubernetes gives 30 before it kills, a spot instance of

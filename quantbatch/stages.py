@@ -7,6 +7,7 @@ a receipt.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import operator
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 _VALUES = operator.attrgetter(*Slice.__dataclass_fields__)
 """Of a slice; with `asdict` the list of a million chunks takes 30 s, so 11 (measured)."""
+READING_S = 1800.0
+"""Longest time that reading and rendering a chunk may take before its process is ended: what tries
+again in a store, or bounds a template, gives up long before."""
 _RECEIPT = pa.schema([("receipt", pa.string())])
 
 
@@ -159,7 +163,8 @@ class Reader:
         chunk = _chunk(item)
         if not self._door.begin(chunk.id, reading=True):
             return pack(chunk.id, rows.held_back(chunk.shard))
-        found = read_and_render(chunk, job=self._job)
+        with self._words.within(READING_S) if self._words else contextlib.nullcontext():
+            found = read_and_render(chunk, job=self._job)
         self._door.end(chunk.id, answered=False)
         return found
 

@@ -111,14 +111,14 @@ class DoomedReplica(Replica):
         os._exit(9)
 
 
-def _die(job: ReplicaJob) -> LoadedEngine:
-    del job
-    os._exit(9)
+def _hang(job: ReplicaJob) -> LoadedEngine:
+    kill("hang")
+    return _load(job)
 
 
-class StillbornReplica(Replica):
-    """Dies while it loads."""
+class StuckReplica(Replica):
+    """Loads for ever."""
 
     def __init__(self, job: ReplicaJob, door: Door | None = None) -> None:
-        replica.load_engine = _die
+        replica.load_engine = _hang
         super().__init__(job, door)

@@ -13,7 +13,7 @@ import pytest
 from quantbatch import pipeline, rounds, stages, trials
 from quantbatch.errors import Stopped
 from quantbatch.report import Outcome
-from quantbatch.spec import JobSpec
+from quantbatch.spec import JobSpec, Limits
 from quantbatch.suspects import FOLDER, attempts_for_a_row
 from quantbatch.verify import verify
 from tests.integration import killers
@@ -105,20 +105,25 @@ def test_a_file_that_kills_its_reader_is_named_and_stops_nothing(
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("replica", "said"),
+    ("replica", "limits", "said"),
     [
-        (killers.DoomedReplica, r"died \d+ times in a row, whatever their rows"),
-        (killers.StillbornReplica, "died 2 times while it loaded the model"),
+        (killers.DoomedReplica, {}, r"died \d+ times in a row, whatever their rows"),
+        (
+            killers.StuckReplica,
+            {"load_timeout_s": 1},
+            "died 2 times while it loaded the model: it took longer than",
+        ),
     ],
 )
 def test_replicas_that_only_die_stop_the_job(
-    tmp_path: Path, ray_head: Head, replica: type[Replica], said: str
+    tmp_path: Path, ray_head: Head, replica: type[Replica], limits: dict[str, Any], said: str
 ) -> None:
-    spec = job(tmp_path, ray_head, {}, chunk=1, attempts=2)
+    spec = job(tmp_path, ray_head, {}, chunk=1, attempts=2, **limits)
     with pytest.raises(Stopped, match=said) as caught:
         run(spec, replica)
     assert "the same command continues the job" in caught.value.hint
     # The machine is mended: nothing is lost, and no row is blamed.
+    spec = spec.model_copy(update={"limits": Limits(max_error_rate=1.0)})
     report = run(spec, killers.KillingReplica)
     assert (report.counts.ok, report.counts.error) == (ROWS, 0)
     assert verify(spec).outcome == "proven"

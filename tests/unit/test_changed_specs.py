@@ -47,6 +47,7 @@ TUNING = frozenset(
         "answers_cache.uri",
         "limits.attempts",
         "limits.drain_s",
+        "limits.load_timeout_s",
         "limits.step_timeout_s",
         "limits.max_error_rate",
     }

@@ -39,12 +39,31 @@ match sys.argv[2]:
         ctypes.string_at(0)
     case "hang":
         thread = threading.Thread(target=work); thread.start(); thread.join()
+    case "stuck":
+        with words.within(0.5):
+            time.sleep(0.2)
+        time.sleep(2)
+        print("now", flush=True)
+        with words.within(0.5):
+            ctypes.PyDLL(None).sleep(60)
     case "leave":
         words.say("CUDA error: an illegal memory access"); os._exit(70)
     case "killed":
         os.kill(os.getpid(), 9)
     case "end":
         words.close()
+"""
+
+READER = """
+import ctypes, sys, tempfile
+tempfile.tempdir = sys.argv[1]
+from quantbatch import stages
+from quantbatch.gate import NoDoor
+from quantbatch.records import Chunk, Slice
+stages.READING_S = 0.5
+stages.read_and_render = lambda *_, **__: ctypes.PyDLL(None).sleep(60)
+item = stages.to_items([Chunk(0, 0, (Slice("a", 0, 1),))]).items[0]
+stages.Reader(None, NoDoor("reader"))(stages.item_table(item))
 """
 
 
@@ -63,11 +82,19 @@ def test_a_segmentation_fault_says_where(tmp_path: Path) -> None:
     assert "Segmentation fault, in string_at" in death.words
 
 
-def test_a_call_that_never_returns_is_ended(tmp_path: Path) -> None:
-    ended, death = died(tmp_path, "hang")
+@pytest.mark.parametrize(("how", "where"), [("hang", "in work"), ("stuck", "in <module>")])
+def test_a_call_that_never_returns_is_ended(tmp_path: Path, how: str, where: str) -> None:
+    ended, death = died(tmp_path, how)
     assert (ended.returncode, ended.stdout) == (1, "now\n"), ended.stderr
     assert death.kind == HUNG
-    assert "in work" in death.words
+    assert where in death.words
+
+
+def test_a_chunk_that_is_read_for_ever_ends_its_reader(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", READER, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    [words] = tmp_path.glob("quantbatch-*/reader.words")
+    assert (ended.returncode, read(words.read_text()).kind) == (1, HUNG), ended.stderr
 
 
 def test_a_process_that_leaves_says_why(tmp_path: Path) -> None:
