@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOAKED := tests/faults tests/integration/test_kills.py tests/integration/test_drains.py tests/integration/test_rivals.py \
 	tests/integration/test_memory.py tests/integration/test_store_faults.py tests/unit/test_specfuzz.py \
-	tests/unit/input/test_hostile_files.py
+	tests/unit/input/test_hostile_files.py tests/unit/test_rounds.py
 
 .PHONY: demo test soak check fmt docs clean
 
@@ -17,7 +17,7 @@ test: .venv/installed ## Unit and integration tests; those for a card and the sl
 # Prints kills, jobs, wrong outputs and rows recomputed. A seed that fails is printed: set it to replay.
 soak: .venv/installed ## An hour of what `make test` does for minutes: 300 kills, rivals, a million rows, fuzz
 	QUANTBATCH_TEST_KILLS=300 QUANTBATCH_TEST_SPECS=5000 QUANTBATCH_TEST_FLIPS=2000 \
-	QUANTBATCH_TEST_SCHEDULES=20000 $(BIN)/python -m pytest -m "not gpu" $(SOAKED)
+	QUANTBATCH_TEST_SCHEDULES=20000 $(BIN)/python -m pytest -m "not gpu" --hypothesis-profile default $(SOAKED)
 
 check: .venv/installed ## Format, lint, types, stale generated files, every config planned
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from quantbatch.input import sources
@@ -24,6 +25,9 @@ CHAT_TEMPLATE = (
     "{% if think is defined and not think %}<think></think>{% endif %}{% endif %}"
 )
 
+# The same examples in each run: what fails does so since something changed. `make soak` draws others.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 Count = Callable[[str], None]
 COUNTED = "counted"
