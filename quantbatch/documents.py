@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import ValidationError
 
 from quantbatch.errors import InputError, Refused
-from quantbatch.ledger import SUMMARY, Ledger, read_job
+from quantbatch.job_record import read_job
+from quantbatch.ledger import SUMMARY, Ledger
 from quantbatch.model import formats
 from quantbatch.model.kv import unpackable
 from quantbatch.model.widths import USEFUL_ROWS

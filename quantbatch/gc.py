@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantbatch.commits import Commit, commit_key, record_of
 from quantbatch.errors import InputError, JobError, SpecError
-from quantbatch.ledger import read_job
+from quantbatch.job_record import read_job
 from quantbatch.retries import Retries
 from quantbatch.storage import PRIVATE, open_store, redact, uploads
 

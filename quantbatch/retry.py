@@ -24,7 +24,7 @@ from quantbatch import again, pipeline, sizing, tasks
 from quantbatch.answers import packs
 from quantbatch.checks import check_tokens, input_limit
 from quantbatch.errors import DoesNotFit, Refused
-from quantbatch.ledger import read_job
+from quantbatch.job_record import read_job
 from quantbatch.preflight import prepare
 from quantbatch.progress import Silent
 from quantbatch.report import RunFigures, RunReport

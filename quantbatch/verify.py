@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from quantbatch.errors import InputError
-from quantbatch.ledger import refuse_other_format
+from quantbatch.job_record import refuse_other_format
 from quantbatch.records import Counts
 from quantbatch.reread import InputRows, Unreadable
 from quantbatch.reread_lines import part_schema

@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
     "{% if think is defined and not think %}<think></think>{% endif %}{% endif %}"
 )
 
-# The same examples in each run: what fails does so since something changed. `make soak` draws others.
+# The same examples in each run: a test fails since something changed. `make soak` draws others.
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 

@@ -88,7 +88,7 @@ MUTANTS: dict[str, list[Mutation]] = {
         Mutation("commits:_write_parquet", "assert written == shard.rows", "assert written"),
     ],
     "the fingerprint is forgotten": [
-        Mutation("ledger:_refuse_other_job", "    if changed:\n", "    if False:\n")
+        Mutation("job_record:refuse_other_job", "    if changed:\n", "    if False:\n")
     ],
     "published from the job's own attempts always": [
         Mutation("commits:publish_newest", "retries.newest(chunks)", "{}")
@@ -145,7 +145,7 @@ def mutated(mutations: list[Mutation]) -> Iterator[None]:
             owner, _, name = path.rpartition(".")
             target = getattr(module, owner) if owner else module
             patch.setattr(target, name, made[name])
-            for other in ("pipeline", "stages"):
+            for other in ("ledger", "pipeline", "stages"):
                 if not owner and hasattr(importlib.import_module(f"quantbatch.{other}"), name):
                     patch.setattr(f"quantbatch.{other}.{name}", made[name])
         yield

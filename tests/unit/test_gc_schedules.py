@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from quantbatch import again, commits, gc, ledger
+from quantbatch import again, commits, gc, job_record, ledger
 from quantbatch.commits import Commit, commit_chunk
 from quantbatch.errors import JobError
 from quantbatch.ledger import Ledger
@@ -213,7 +213,7 @@ def simulated(begun: Jobs, monkeypatch: pytest.MonkeyPatch) -> threading.local:
     deciding = begun[0].deciding()
     monkeypatch.setattr(JobSpec, "deciding", lambda _: dict(deciding))
     monkeypatch.setattr(test_again, "answers", functools.cache(test_again.answers))
-    monkeypatch.setattr(ledger, "_grown_identity", lambda job: job["identity"])
+    monkeypatch.setattr(job_record, "_grown_identity", lambda job: job["identity"])
     monkeypatch.setattr(ledger, "versions", dict)
     monkeypatch.setattr(again, "versions", dict)
     return mine
@@ -318,7 +318,7 @@ def test_looking_at_records_before_files_would_be_noticed(
     begun: Jobs, simulated: threading.local, monkeypatch: pytest.MonkeyPatch, count: Count
 ) -> None:
     early: dict[int, Any] = {}
-    records, read_job = gc._Records, ledger.read_job
+    records, read_job = gc._Records, job_record.read_job
 
     def look_early(store: Any) -> Any:
         early[id(store)] = records(store)

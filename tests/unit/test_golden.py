@@ -19,7 +19,8 @@ from quantbatch import again, gc
 from quantbatch.documents import describe_status
 from quantbatch.errors import Refused
 from quantbatch.faults import describe_faults
-from quantbatch.ledger import FORMAT, Ledger
+from quantbatch.job_record import FORMAT
+from quantbatch.ledger import Ledger
 from quantbatch.records import Counts, Status
 from quantbatch.spec import JobSpec, Storage
 from quantbatch.verify import verify
