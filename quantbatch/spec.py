@@ -601,6 +601,10 @@ class ContinuousEngine(ModelEngine):
     large steps pay for expanding quantized weights, and 512 on a CPU."""
     share_prefixes: bool = Field(True, json_schema_extra=TUNING)
     """Compute the common beginning of prompts once, in blocks of 16 tokens."""
+    fused_4bit: Literal["auto", "off"] = Field("auto", json_schema_extra=TUNING)
+    """On a card, multiply few rows by 4-bit weights without expanding them in memory: `auto` where
+    that was measured to be faster as the model was loaded. Sums then come in another order, as they
+    do with another batch_size."""
 
 
 class StaticEngine(ModelEngine):
@@ -613,6 +617,8 @@ class StaticEngine(ModelEngine):
         "auto", json_schema_extra=TUNING
     )
     """Rows that run at once; `auto` is what the memory plan has room for."""
+    fused_4bit: Literal["auto", "off"] = Field("auto", json_schema_extra=TUNING)
+    """As for the continuous engine."""
 
 
 class LlamaCppEngine(ModelEngine):

@@ -10,6 +10,7 @@ speed.py       output tokens per second against what else there is; contenders.p
 paged.py       transformers' continuous batching on a card
 floor.py       decode steps against the memory's bandwidth, prefill against the matrix rate
 profiling.py   which kernels the time goes to
+fused.py       our 4-bit kernel against bitsandbytes, by matrix and in decode steps
 share.py       two replicas on one card against one
 loading.py     loading from the cache of quantized weights against quantizing
 

@@ -128,6 +128,25 @@ def profile_(
 
 
 @app.command()
+def fused(
+    shapes: Annotated[
+        list[str], typer.Option("--shape", help="Matrices of these; decoding by the first.")
+    ] = ["8b", "32b"],  # noqa: B006
+    kind: Annotated[str, typer.Option(help="Weights: nf4 or nf4-dq.")] = "nf4-dq",
+    batches: Sizes = [8, 32, 64, 128],  # noqa: B006
+    steps: int = 48,
+    device: Device = "cuda",
+    out: Out = None,
+    budget_s: Budget = 170.0,
+) -> None:
+    """Our 4-bit kernel against bitsandbytes and bf16 by matrix; decoding with and without it."""
+    record = _record("fused", device, out, budget_s, shape=_all(shapes), kind=kind)
+    from jobs.gpubench import fused as part
+
+    part.measure(record, shapes, kind, batches, steps=steps)
+
+
+@app.command()
 def share(
     shape: ShapeName = "8b",
     kind: Kind = "nf4",

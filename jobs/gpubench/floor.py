@@ -39,7 +39,7 @@ def measure(
 ) -> None:
     """Measure the device, and then steps of each kind of weights."""
     device = record.device
-    rates = _rates(device)
+    rates = measure_rates(device)
     record.add(
         copy_gb_per_s=round(rates.copy_bytes_per_s / 1e9, 1),
         matrix_tflops=round(rates.matrix_flops_per_s / 1e12, 2),
@@ -69,6 +69,14 @@ def _decode(
             record.add(**common, rows=rows, **_against_floor(built, timed, rates))
             if recorded and not timed.recorded:
                 break  # such steps can't be recorded: it would be the same once more
+
+
+def decode_step(
+    built: shapes.Built, device: str, rows: int, steps: int, rates: Rates
+) -> dict[str, Any]:
+    """Time steps of single tokens, recorded where they can be, and compare them with the floor."""
+    timed = _timed_steps(built, device, rows, steps, recorded=on_card(device))
+    return _against_floor(built, timed, rates)
 
 
 class _Timed(NamedTuple):
@@ -176,7 +184,8 @@ def _flops_per_token(built: shapes.Built, length: int) -> float:
     return 2.0 * sum(each.numel for each in layers) + attention
 
 
-def _rates(device: str) -> Rates:
+def measure_rates(device: str) -> Rates:
+    """Measure what a device can do."""
     count, side = (2**31, 8192) if on_card(device) else (2**22, 256)
     rates = Rates(2 * count / _copy_s(device, count), 2 * side**3 / _product_s(device, side))
     engines.free(device)

@@ -25,7 +25,7 @@ from quantbatch.model.sizes import gib
 from quantbatch.prompts.tokens import tokenizer_of
 from quantbatch.records import EngineProgress
 from quantbatch.spec import ContinuousEngine as ContinuousOptions
-from quantbatch.weights import dtypes, peak
+from quantbatch.weights import dtypes, fused, peak
 from quantbatch.weights import loading as weights
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ def load(
     plan = plan_memory(checkpoint, model, work, device_bytes)
     measured = peak.PeakMemory(device, cards=work.cards)
     loaded = weights.load(checkpoint, model, device, card_layers=plan.card_layers)
+    if kind == "cuda" and options.fused_4bit == "auto":
+        fused.use_where_faster(loaded.model)
     tokenizer = tokenizer_of(checkpoint)
     made: _Made | None = None
     if isinstance(options, ContinuousOptions):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from jobs.gpubench import engines, oom, shapes, speed
+from jobs.gpubench import engines, fused, oom, shapes, speed
 from jobs.gpubench.paged import PagedOnCard
 from jobs.gpubench.record import Record
 from quantbatch.model.checkpoint import open_checkpoint
@@ -47,6 +47,18 @@ def test_a_model_made_in_place_is_the_one_loaded_from_files(written: Any, kind: 
         assert torch.equal(built.model(ids).logits, found.model(ids).logits)
     planned = weigh(built.checkpoint, built.spec).total_bytes
     assert built.weight_bytes == found.weight_bytes == planned
+
+
+def test_matrices_and_decode_steps_are_timed(tmp_path: Path) -> None:
+    record = Record("fused", "cpu", {"shape": "tiny"}, tmp_path)
+    fused.measure(record, ["tiny"], "nf4-dq", [2], steps=2)
+    decoded = [each for each in record.results if "step_ms" in each]
+    assert [each["ours"] for each in decoded] == [False, True]
+    products = [each for each in record.results if "bitsandbytes_us" in each]
+    sizes = {(each["n"], each["k"]) for each in products}
+    assert sizes == {(64, 64), (32, 64), (128, 64), (64, 128)}
+    assert len(products) == len(sizes) * len(fused.ROWS)
+    assert all(each["bf16_us"] > 0 and each["floor_us"] > 0 for each in products)
 
 
 def test_all_contenders_answer(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ TUNING = frozenset(
         "model.quantization.storage_dtype",
         "engine.batch_size",
         "engine.deduplicate",
+        "engine.fused_4bit",
         "engine.share_prefixes",
         "engine.step_s",
         "engine.step_tokens",
