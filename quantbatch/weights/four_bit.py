@@ -66,6 +66,9 @@ def packed_of(weight: Tensor, state: Any, dtype: torch.dtype) -> Packed | None: 
         nested, scales = (inner.absmax, inner.code, state.offset), torch.uint8
         if inner.blocksize != 256 or {each.dtype for each in nested} != {torch.float32}:
             return None
+        sizes = [-(-state.absmax.numel() // 256), 256, 1]
+        if [each.numel() for each in nested] != sizes:
+            return None
     n, k = state.shape
     if not weight.is_contiguous() or weight.numel() * weight.element_size() != n * k // 2:
         return None
