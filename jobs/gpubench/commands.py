@@ -133,7 +133,7 @@ def fused(
         list[str], typer.Option("--shape", help="Matrices of these; decoding by the first.")
     ] = ["8b", "32b"],  # noqa: B006
     kind: Annotated[str, typer.Option(help="Weights: nf4 or nf4-dq.")] = "nf4-dq",
-    batches: Sizes = [8, 32, 64, 128],  # noqa: B006
+    batches: Sizes = [8, 32, 64, 128, 256],  # noqa: B006
     steps: int = 48,
     device: Device = "cuda",
     out: Out = None,

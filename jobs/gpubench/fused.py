@@ -22,7 +22,7 @@ from jobs.gpubench.record import GIB, Record
 from jobs.gpubench.shapes import KINDS, build, describe
 from quantbatch.spec import FourBit, Model
 from quantbatch.weights import fused
-from quantbatch.weights.four_bit import Tiles, divisions, packed_of
+from quantbatch.weights.four_bit import LEAST_TILE, Tiles, divisions, packed_of
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -125,14 +125,14 @@ def _products(record: Record, shape: str, matrix: _Matrix, rates: floor.Rates) -
 
 def _ours(matrix: _Matrix, rows: int, best: dict[int, tuple[float, Tiles]]) -> tuple[float, Tiles]:
     n, k, *_ = matrix.shape
-    tile = max(rows, fused.LEAST_TILE)
-    if tile not in best:
+    measured = max(rows, LEAST_TILE)
+    if measured not in best:
         processors = torch.cuda.get_device_properties().multi_processor_count
-        best[tile] = min(
-            (fused.fused_seconds(matrix.layers, matrix.shape, tile, each), each)
-            for each in divisions(n, k, matrix.shape.block, tile, processors=processors)
+        best[measured] = min(
+            (fused.fused_seconds(matrix.layers, matrix.shape, measured, each), each)
+            for each in divisions(n, k, matrix.shape.block, measured, processors=processors)
         )
-    tiles = best[tile][1]
+    tiles = best[measured][1]
     return fused.fused_seconds(matrix.layers, matrix.shape, rows, tiles), tiles
 
 

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
 BLOCKS = (64, 128)
 """Codes to a scale that the kernel was tried with; transformers knows 64 only."""
+LEAST_TILE, MOST_TILE = 16, 128
+"""Rows of activations to a program: the least that a tensor core takes, and what registers hold."""
 SPLITS = (1, 2, 4, 8, 16)
 PROGRAMS = 4
 """Most to each multiprocessor where K is divided: they run at once, and more would only write more
-sums."""
+sums. With less than a half, most of the card does nothing."""
 
 
 class Packed(NamedTuple):
@@ -41,7 +43,7 @@ class Tiles(NamedTuple):
     """How a product is divided."""
 
     rows: int
-    """Of activations: a power of two from 16 on."""
+    """Of activations to a program: a power of two, 16 to 128."""
     columns: int
     """Rows of the matrix to a program: 64 or 128."""
     splits: int
@@ -90,14 +92,16 @@ def divisions(n: int, k: int, block: int, rows: int, *, processors: int) -> list
         n: Rows of the matrix.
         k: Its columns.
         block: Codes to a scale.
-        rows: Of activations, as many as a tile has.
+        rows: Of activations.
         processors: Of the card.
     """
-    found = []
+    tile = min(MOST_TILE, max(LEAST_TILE, 1 << (rows - 1).bit_length()))
+    found: list[tuple[int, Tiles]] = []
     for columns in (64, 128):
-        programs = -(-n // columns)
+        whole = -(-n // columns) * -(-rows // tile)
         for splits in SPLITS:
             small = 4 * splits * rows <= 2 * k and splits <= k // block
-            if splits == 1 or (small and programs * splits <= PROGRAMS * processors):
-                found.append(Tiles(rows, columns, splits))
-    return found
+            if splits == 1 or (small and whole * splits <= PROGRAMS * processors):
+                found.append((whole * splits, Tiles(tile, columns, splits)))
+    enough = min(processors // 2, max(programs for programs, _ in found))
+    return [tiles for programs, tiles in found if programs >= enough]

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import bitsandbytes
 import torch
 
-from quantbatch.weights.four_bit import Packed, Tiles, divisions, packed_of
+from quantbatch.weights.four_bit import LEAST_TILE, Packed, Tiles, divisions, packed_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,10 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RANGES = ((2, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 128))
+RANGES = ((2, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129, 256))
 """Rows that are decided together."""
-LEAST_TILE = 16
-"""Rows of a product of tensor cores."""
 GAIN = 1.05
 """How many times as fast the kernel has to be: below that, noise would decide."""
 CLOSE = 0.01
@@ -177,7 +175,7 @@ def decide(
     """Return how to divide a product of each number of rows; None where bitsandbytes is as fast.
 
     Args:
-        ours: Measures the kernel with a tile of so many rows: its time, and the best division.
+        ours: Measures the kernel with so many rows: its time, and the best division.
         plain: Measures bitsandbytes with so many rows.
     """
     found: list[Tiles | None] = [None] * (RANGES[-1][1] + 1)

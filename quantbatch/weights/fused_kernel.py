@@ -8,12 +8,12 @@ measured to copy at, which no kernel can beat.
 
 How it goes. bitsandbytes packs two codes to a byte, the first in the high half, row after row, and
 keeps a scale for each block of 64 (or 128, ...) codes; only rows of whole blocks are taken here, as
-by its own kernel. A program has some rows N of the matrix and all rows M of the activations, and
-walks along K block by block. It expands high and low halves to two tiles, which meet the even and
-the odd activations: so nothing is interleaved. Within a block the scale is the same, so products
-are of bare codes, and their sum in float32 is multiplied by the scale: one fused multiply-add for
-each of 64 * M products. Where there are few programs, K is split among several, and a second kernel
-adds their sums in fixed order: no atomics, the same bits each time.
+by its own kernel. A program has some rows N of the matrix and up to 128 rows M of the activations,
+and walks along K block by block. It expands high and low halves to two tiles, which meet the even
+and the odd activations: so nothing is interleaved. Within a block the scale is the same, so
+products are of bare codes, and their sum in float32 is multiplied by the scale: one fused multiply-
+add for each of 64 * M products. Where there are few programs, K is split among several, and a
+second kernel adds their sums in fixed order: no atomics, the same bits each time.
 
 Codes become 16-bit numbers by permuting bytes (`expansion.py`). All instructions of the loop, as
 Triton 3.6 and ptxas compile it for an H100 (128 rows of the matrix, 4 warps), take 1.4 times as
@@ -72,9 +72,10 @@ def _multiply(  # type: ignore[no-untyped-def]
     HALF_BLOCK: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, NESTED: tl.constexpr,
     BIAS: tl.constexpr, SPLIT: tl.constexpr, EXPAND: tl.constexpr,
 ):  # fmt: skip
-    split = tl.program_id(1)
-    n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    m = tl.arange(0, TILE_M)
+    # Those of the same rows of the matrix side by side: the second finds codes in the cache.
+    split = tl.program_id(2)
+    n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
+    m = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
     # Rows beyond the last are the last once more, and are not stored: loads need no masks.
     n_row = tl.minimum(n, N - 1)
     m_row = tl.minimum(m, M - 1)
@@ -141,13 +142,12 @@ def multiply(x_MK: Tensor, weights: Packed, bias_N: Tensor | None, tiles: Tiles)
     Makes no copy to or from the host, and allocates by shapes alone: it can be recorded.
 
     Args:
-        x_MK: bfloat16 or float16, contiguous; at most `tiles.rows` rows.
+        x_MK: bfloat16 or float16, contiguous.
         weights: The matrix; K is whole blocks.
         bias_N: Added in float32, before the sum is rounded.
         tiles: How to divide it.
     """
     (m, k), (n, _) = x_MK.shape, weights.shape
-    assert m <= tiles.rows, "more rows than the tiles have"
     assert x_MK.is_contiguous(), "pairs of activations are read as one number"
     out_MN = torch.empty(m, n, dtype=x_MK.dtype, device=x_MK.device)
     blocks = k // weights.block
@@ -158,7 +158,7 @@ def multiply(x_MK: Tensor, weights: Packed, bias_N: Tensor | None, tiles: Tiles)
         sums = torch.empty(splits, m, n, dtype=torch.float32, device=x_MK.device)
     nested, table, offset = weights.nested or (weights.absmax,) * 3
     bias = weights.absmax if bias_N is None else bias_N
-    _multiply[(triton.cdiv(n, tiles.columns), splits)](
+    _multiply[(triton.cdiv(m, tiles.rows), triton.cdiv(n, tiles.columns), splits)](
         x_MK, weights.codes, weights.absmax, nested, table, offset, bias, sums,
         m, n, blocks, share, weights.expansion.unit,
         HALF_BLOCK=weights.block // 2, TILE_M=tiles.rows, TILE_N=tiles.columns,

@@ -27,6 +27,7 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart" / "model"
 LARGE = [
     Case(32, 4096, 4096, rows=32, columns=128, splits=4),
     Case(31, 14_336, 4096, rows=32, columns=64),
+    Case(200, 5120, 5120, rows=128, columns=128, splits=2),
     Case(128, 4096, 14_336, rows=128, columns=128, splits=8, nested=False, bias=True),
 ]
 

@@ -50,6 +50,7 @@ CASES = [
     Case(33, 257, 256, rows=64, columns=128),
     Case(128, 192, 320, rows=128, columns=128, splits=2, bias=True),
     Case(100, 60, 4160, rows=128, splits=8, nested=False),
+    Case(37, 100, 192, rows=16, splits=2, bias=True),  # three programs of 16 rows
 ]
 
 

@@ -72,17 +72,18 @@ def test_what_the_kernel_does_not_take(
 
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1024, 4096), (14336, 4096), (64, 64)])
 def test_sums_of_divided_products_take_no_more_than_the_matrix_in_16_bits(n: int, k: int) -> None:
-    for rows in (16, 32, 64, 128):
+    for rows in (16, 32, 64, 128, 256):
         found = divisions(n, k, 64, rows, processors=132)
-        assert {tiles.columns for tiles in found} == {64, 128}
+        assert 1 <= len(found) <= 8
+        assert {each.rows for each in found} == {min(rows, 128)}
         assert all(each.splits == 1 or 4 * each.splits * rows * n <= 2 * n * k for each in found)
         assert all(each.splits <= k // 64 for each in found)
 
 
 def test_the_kernel_has_to_be_faster_at_both_ends_of_a_range() -> None:
-    tiles = {rows: Tiles(rows, 64, 1) for rows in (16, 32, 64, 128)}
+    tiles = {rows: Tiles(min(rows, 128), 64, 1) for rows in (16, 32, 64, 128, 256)}
     plain = {2: 1.0, 4: 9.0, 5: 9.0, 8: 9.0, 9: 9.0, 16: 9.0, 17: 9.0, 32: 9.0, 33: 9.0, 64: 3.0}
-    plain |= {65: 3.1, 128: 3.1}
+    plain |= {65: 3.1, 128: 3.1, 129: 4.0, 256: 4.0}
     asked: list[int] = []
 
     def ours(rows: int) -> tuple[float, Tiles]:
@@ -90,11 +91,12 @@ def test_the_kernel_has_to_be_faster_at_both_ends_of_a_range() -> None:
         return 3.0, tiles[rows]
 
     found = fused.decide(ours, plain.__getitem__)
-    assert asked == [16, 32, 64, 128]
+    assert asked == [16, 32, 64, 128, 256]
     assert found[:5] == [None] * 5  # 2 rows are faster as they were
     assert found[5:17] == [tiles[16]] * 12
     assert found[17:33] == [tiles[32]] * 16
-    assert found[33:] == [None] * 96  # as fast, and faster by less than noise
+    assert found[33:129] == [None] * 96  # as fast, and faster by less than noise
+    assert found[129:] == [tiles[256]] * 128
 
 
 class Doubles:
