@@ -8,7 +8,11 @@ what is read. For each range of rows the kernel has to be faster than bitsandbyt
 ends.
 
 All that goes wrong, and every doubt, leaves all layers as bitsandbytes made them: no Triton, an
-error of its compiler, another result. Not yet run on a card.
+error of its compiler, another result. A kernel that reads where it must not would end the process,
+which nothing here can catch; `engine.fused_4bit: off` leaves it out. Not yet run on a card.
+
+Where two ways are about as fast, two loads may choose differently, and answers then differ at
+near-ties. Of a model that is spread over several cards, layers on the first alone are tried.
 
 The kernel's workspace, for the sums of programs that divide K among them, is less than that of
 bitsandbytes, which expands the same matrix (`four_bit.divisions`). So plans stay as they are.
