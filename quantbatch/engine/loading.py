@@ -94,7 +94,7 @@ def load(
     plan = plan_memory(checkpoint, model, work, device_bytes)
     measured = peak.PeakMemory(device, cards=work.cards)
     loaded = weights.load(checkpoint, model, device, card_layers=plan.card_layers)
-    if kind == "cuda" and options.fused_4bit == "auto":
+    if kind == "cuda" and options.fused_4bit:
         fused.use_where_faster(loaded.model)
     tokenizer = tokenizer_of(checkpoint)
     made: _Made | None = None

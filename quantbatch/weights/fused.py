@@ -9,7 +9,7 @@ ends.
 
 All that goes wrong, and every doubt, leaves all layers as bitsandbytes made them: no Triton, an
 error of its compiler, another result. A kernel that reads where it must not would end the process,
-which nothing here can catch; `engine.fused_4bit: off` leaves it out. Not yet run on a card.
+which nothing here can catch. It has not run on a card yet, so `engine.fused_4bit` asks for it.
 
 Where two ways are about as fast, two loads may choose differently, and answers then differ at
 near-ties. Of a model that is spread over several cards, layers on the first alone are tried.
@@ -132,9 +132,7 @@ def use_where_faster(model: nn.Module, *, budget_s: float = BUDGET_S) -> dict[Sh
             found[shape] = _measured(alike, shape)
     except Exception as error:  # noqa: BLE001 - whatever a compiler or a driver does: then not
         said = str(error).strip().splitlines() or [""]
-        message = (
-            "4-bit matrices stay with bitsandbytes (engine.fused_4bit: off asks for it): %s: %s"
-        )
+        message = "4-bit matrices stay with bitsandbytes, whatever engine.fused_4bit says: %s: %s"
         logger.warning(message, type(error).__name__, said[-1][:300])
         return {}
     for shape, tiles in found.items():

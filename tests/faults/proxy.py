@@ -54,6 +54,16 @@ Kind = (
     | Literal["hang", "hang_after", "truncate", "slow"]
 )
 
+QUICK: tuple[Kind, ...] = (
+    "500",
+    "503",
+    "429",
+    "reset_before",
+    "reset_after",
+    "500_after",
+    "truncate",
+)
+"""Trouble that costs no waiting."""
 ERRORS: dict[Answered, tuple[int, str, str]] = {
     "500": (500, "InternalError", "We encountered an internal error. Please try again."),
     "503": (503, "SlowDown", "Please reduce your request rate."),

@@ -7,7 +7,7 @@ command runs again afterwards, and the end is looked at.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,24 +17,12 @@ from tests.faults import asleep
 from tests.faults.choices import OneFault
 from tests.faults.memory import Fault
 from tests.faults.recovery import calmly, end_state_is_right, finish, unexpected
-from tests.faults.world import LATER, World, input_file, simulated
+from tests.faults.world import LATER, World, input_file
 
 if TYPE_CHECKING:
     from tests.conftest import Count
 
 FAULTS = [fault for fault in Fault if fault is not Fault.NONE]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _in_memory() -> Iterator[None]:
-    with simulated():
-        yield
-
-
-@pytest.fixture(scope="module")
-def tally() -> Counter[str]:
-    """What all tests of this file did."""
-    return Counter()
 
 
 def fresh() -> World:

@@ -13,7 +13,7 @@ from tests.faults.choices import OneFault
 from tests.faults.memory import Fault
 from tests.faults.mutants import MUTANTS, mutated
 from tests.faults.recovery import finish
-from tests.faults.world import World, simulated
+from tests.faults.world import World
 
 if TYPE_CHECKING:
     from tests.conftest import Count
@@ -29,10 +29,8 @@ BEGIN = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _in_memory() -> Iterator[None]:
-    with simulated():
-        schedules.done_before()
-        yield
+def _done_before(_in_memory: None) -> None:
+    schedules.done_before()
 
 
 @pytest.fixture(scope="module")

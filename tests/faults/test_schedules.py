@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.faults import schedules
-from tests.faults.world import simulated
 
 if TYPE_CHECKING:
     from tests.conftest import Count
@@ -23,18 +21,6 @@ IN_A_BATCH = 200
 BATCHES = int(os.environ.get("QUANTBATCH_TEST_SCHEDULES", "2000")) // IN_A_BATCH
 _ONE = os.environ.get("QUANTBATCH_TEST_SEED")
 _FIRST = int(os.environ.get("QUANTBATCH_FIRST_SEED", "0"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _in_memory() -> Iterator[None]:
-    with simulated():
-        yield
-
-
-@pytest.fixture(scope="module")
-def tally() -> Counter[str]:
-    """What all batches did."""
-    return Counter()
 
 
 def _play(seeds: range, tally: Counter[str]) -> None:

@@ -107,10 +107,10 @@ def test_a_file_that_kills_its_reader_is_named_and_stops_nothing(
 @pytest.mark.parametrize(
     ("replica", "limits", "said"),
     [
-        (killers.DoomedReplica, {}, r"died \d+ times in a row, whatever their rows"),
+        (killers.DoomedReplica, {"attempts": 1}, r"died \d+ times in a row, whatever their rows"),
         (
             killers.StuckReplica,
-            {"load_timeout_s": 1},
+            {"attempts": 2, "load_timeout_s": 1},
             "died 2 times while it loaded the model: it took longer than",
         ),
     ],
@@ -118,7 +118,7 @@ def test_a_file_that_kills_its_reader_is_named_and_stops_nothing(
 def test_replicas_that_only_die_stop_the_job(
     tmp_path: Path, ray_head: Head, replica: type[Replica], limits: dict[str, Any], said: str
 ) -> None:
-    spec = job(tmp_path, ray_head, {}, chunk=1, attempts=2, **limits)
+    spec = job(tmp_path, ray_head, {}, chunk=1, **limits)
     with pytest.raises(Stopped, match=said) as caught:
         run(spec, replica)
     assert "the same command continues the job" in caught.value.hint

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +17,8 @@ import pytest
 from quantbatch.errors import StorageError
 from quantbatch.spec import Storage
 from quantbatch.storage import S3Store, probe, s3
-from quantbatch.storage.patience import Patience
-from tests.faults.proxy import FaultProxy
+from tests.faults.proxy import QUICK, FaultProxy
+from tests.integration.claims import contended
 from tests.integration.support import (
     Bucket,
     answers,
@@ -35,20 +34,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.conftest import Count
-    from tests.faults.proxy import Kind
     from tests.integration.support import Head
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SCRIPT = Path(__file__).parents[1] / "faults" / "rgw.sh"
-KINDS: tuple[Kind, ...] = (
-    "500",
-    "503",
-    "429",
-    "reset_before",
-    "reset_after",
-    "500_after",
-    "truncate",
-)
 
 
 @pytest.fixture(scope="session")
@@ -116,26 +105,7 @@ def test_uploads_in_parts(
 def test_one_of_many_claims_wins_whatever_answers_are_lost(
     rgw_bucket: Bucket, rgw_proxy: FaultProxy, count: Count
 ) -> None:
-    claims, rivals = 40, 4
-    rgw_proxy.fail("reset_after", probability=0.13)
-    rgw_proxy.fail("500_after", probability=0.13)
-    told: list[list[bytes]] = [[] for _ in range(claims)]
-    swift = Patience(first_wait_s=0.01)
-
-    def contend(name: int) -> None:
-        store = S3Store(f"{rgw_bucket.uri}/out", rgw_bucket.storage, patience=swift)
-        for number in range(claims):
-            told[number].append(store.claim(f"{number}", f"{name}-{number}".encode()))
-
-    with ThreadPoolExecutor(rivals) as pool:
-        list(pool.map(contend, range(rivals)))
-    faults = rgw_proxy.faults
-    rgw_proxy.clear()
-    there = [rgw_bucket.store("out").read(f"{number}") for number in range(claims)]
-    wrong = sum(answers != [held] * rivals for answers, held in zip(told, there, strict=True))
-    count(f"Ceph: claims={claims} rivals={rivals} faults={faults} wrong={wrong}")
-    assert wrong == 0
-    assert faults > 20
+    count(f"Ceph: {contended(rgw_bucket, rgw_proxy, claims=100, rivals=4)}")
 
 
 def test_what_is_refused(rgw_bucket: Bucket, rgw_proxy: FaultProxy, rgw: str) -> None:
@@ -156,7 +126,7 @@ def test_a_job_in_trouble(
 ) -> None:
     storage = rgw_bucket.storage.model_dump(exclude_defaults=True)
     spec = write_spec(tmp_path, {"uri": f"{rgw_bucket.uri}/out", "storage": storage})
-    for kind in KINDS:
+    for kind in QUICK:
         rgw_proxy.fail(kind, probability=0.05)
     assert run_to_the_end(spec, ray_head) == 0, (tmp_path / "log").read_text()[-3000:]
     calls, faults = rgw_proxy.count(), rgw_proxy.faults

@@ -22,7 +22,8 @@ import pytest
 from quantbatch.errors import StorageError
 from quantbatch.storage import S3Store, probe, s3
 from quantbatch.storage.patience import Patience
-from tests.faults.proxy import FaultProxy, Operation
+from tests.faults.proxy import QUICK, FaultProxy, Operation
+from tests.integration.claims import contended
 from tests.integration.support import COMMAND, proven, run_to_the_end, write_spec
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from tests.integration.support import Bucket, Head
 
 SEED = int(os.environ.get("QUANTBATCH_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
-QUICK: list[Kind] = ["500", "503", "429", "reset_before", "reset_after", "500_after", "truncate"]
 TIMED: list[Kind] = ["hang", "hang_after", "slow"]
 """These cost a test as long as a call is waited for."""
 SWIFT = Patience(first_wait_s=0.01)
@@ -327,31 +327,9 @@ def test_a_run_that_is_refused_ends_after_two_calls(
 def test_one_of_many_claims_wins_whatever_answers_are_lost(
     faulty_bucket: Bucket, fault_proxy: FaultProxy, count: Count
 ) -> None:
-    """Each claim of each rival says the same, and it is what one of them wrote."""
-    claims, rivals = 60, 3
     fault_proxy._dice.seed(SEED)
-    fault_proxy.fail("reset_after", operation=Operation.PUT, probability=0.13)
-    fault_proxy.fail("500_after", operation=Operation.PUT, probability=0.13)
-    told: list[list[bytes]] = [[] for _ in range(claims)]
-
-    def contend(name: int) -> None:
-        store = S3Store(f"{faulty_bucket.uri}/out", faulty_bucket.storage, patience=SWIFT)
-        for number in range(claims):
-            told[number].append(store.claim(f"{number}", f"{name}-{number}".encode()))
-
-    with ThreadPoolExecutor(rivals) as pool:
-        list(pool.map(contend, range(rivals)))
-    faults = fault_proxy.faults
-    fault_proxy.clear()
-    store = faulty_bucket.store("out")
-    wrong = 0
-    for number, answers in enumerate(told):
-        there = store.read(f"{number}")
-        possible = {f"{name}-{number}".encode() for name in range(rivals)}
-        wrong += len(answers) != rivals or set(answers) != {there} or there not in possible
-    count(f"claims={claims} rivals={rivals} faults={faults} wrong={wrong} seed={SEED}")
-    assert wrong == 0
-    assert faults > 10
+    told = contended(faulty_bucket, fault_proxy, claims=60, rivals=3)
+    count(f"{told} seed={SEED}")
 
 
 def test_parquet_is_read_through_trouble(

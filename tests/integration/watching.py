@@ -36,7 +36,7 @@ class Folder(NamedTuple):
     """An output on a local disk."""
 
     path: Path
-    pause_s: float = 0.01
+    pause_s: float = 0.03
 
     def files(self) -> Iterator[tuple[str, bytes]]:
         for path in self.path.glob("*.parquet"):
