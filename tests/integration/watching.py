@@ -49,7 +49,7 @@ class Prefix(NamedTuple):
     endpoint: str
     bucket: str
     prefix: str
-    pause_s: float = 0.05
+    pause_s: float = 0.3
 
     def files(self) -> Iterator[tuple[str, bytes]]:
         s3 = _client(self.endpoint)
