@@ -124,7 +124,9 @@ class LocalStore:
             with contextlib.suppress(FileExistsError), self._scratch(key, data) as scratch:
                 os.link(scratch, self._target(key))
                 _sync_folder(self._path(key).parent)
-            return _read(self._path(key))
+            with contextlib.suppress(FileNotFoundError):
+                return _read(self._path(key))
+            raise StorageError(f"{self._path(key)}: written, then not found")
 
     def delete(self, key: str) -> None:
         """See `Store`."""

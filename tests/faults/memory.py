@@ -172,7 +172,10 @@ class MemoryStore:
         try:
             return self.read(key)
         except FileNotFoundError:
-            raise failure or AssertionError(f"{key}: created, then not found") from failure
+            gone = f"{key}: created, then not found"
+            # Of a driver that slept for long in its probe of the store, `gc` takes the key.
+            passing = key.startswith("_quantbatch/probe/")
+            raise failure or (StorageError(gone) if passing else AssertionError(gone)) from failure
 
     def delete(self, key: str) -> None:
         self._call("delete", key, lambda: self.objects.remove(key))

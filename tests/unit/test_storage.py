@@ -69,6 +69,21 @@ def test_claim_tells_what_is_there(store: Store) -> None:
     assert store.claim("c/1.json", b"yours") == b"mine"
 
 
+def test_a_claim_that_somebody_removes_at_once_is_trouble(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `gc` does with the probe's, of a driver that slept for long in between."""
+    real = os.link
+
+    def link(source: str, target: Path) -> None:
+        real(source, target)
+        target.unlink()
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(StorageError, match="written, then not found"):
+        store.claim("c/1.json", b"mine")
+
+
 def test_one_of_many_claims_wins(store: Store) -> None:
     found: list[bytes] = []
     barrier = threading.Barrier(8)
