@@ -11,11 +11,11 @@ from quantbatch import storage, structured, tasks
 from quantbatch.errors import InputError, JobError, Refused, SpecError
 from quantbatch.input import listing
 from quantbatch.plan import Plan
-from quantbatch.prompts import rendering
+from quantbatch.prompts import chat, rendering, tools
 from quantbatch.prompts.asking import Asker
 from quantbatch.prompts.templates import missing_column
 from quantbatch.prompts.tokens import counting_tokenizer
-from quantbatch.spec import BatchRequests, Classify, Embed, Generate, Score
+from quantbatch.spec import BatchRequests, Classify, Embed, Generate, Response, Score
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,6 +30,8 @@ BYTES = [bytes([byte]) for byte in range(256)]
 _NAME_BYTES, _PATH_BYTES, _KEY_BYTES = 255, 4095, 1024
 """Longest name, and path, that disks take (Linux: NAME_MAX and PATH_MAX), and key on S3."""
 _LONGEST_NAME = "part-000000.errors.jsonl"
+_SHOWN = 80
+"""Characters of a column's type that a message shows."""
 MAX_AUTO_INPUT_TOKENS = 8192
 """Longest prompt that `max_input_tokens: auto` lets in: at 256 KiB a token, which is what a 32B
 model's cache takes, 8,192 tokens are 2 GiB of a card."""
@@ -51,6 +53,17 @@ def check_tokens(spec: JobSpec, checkpoint: Checkpoint) -> None:
                     "token ids are those of the model's own tokenizer",
                 )
             )
+
+
+def check_tools(spec: JobSpec, checkpoint: Checkpoint) -> None:
+    """Refuse tools that the model can't be told of, and calls that can't be forced.
+
+    Raises:
+        JobError: The model's chat template knows no tools, or `task.tool_choice` can't be had.
+    """
+    if isinstance(spec.task, Generate):
+        chat.require_tools(spec.task.tools_column or spec.task.tools, checkpoint.chat_template)
+        tools.check_choice(spec.task, checkpoint.chat_template)
 
 
 def check_weight_cache(spec: JobSpec) -> None:
@@ -215,22 +228,32 @@ def check_task_columns(spec: JobSpec, schema: pa.Schema) -> None:
     """
     match spec.task:
         case Classify(labels_column=str(column)):
-            field, right = "task.labels_column", pa.types.is_list
+            field, right, wanted = "task.labels_column", is_texts, "lists of texts"
         case Score(continuation=str(column)):
-            field, right = "task.continuation", is_text
+            field, right, wanted = "task.continuation", is_text, "texts"
+        case Generate(response=Response(schema_column=str(column))):
+            field, right, wanted = "task.response.schema_column", is_text, "JSON as text"
+        case Generate(tools_column=str(column)):
+            field, right, wanted = "task.tools_column", is_text, "JSON as text"
         case _:
             return
     if column not in schema.names:
         raise SpecError(missing_column(field, column, schema.names))
     found = schema.field(column).type
     if not right(found):
-        wanted = "texts" if right is is_text else "lists of texts"
-        raise SpecError(JobError(f"{field}: column {column!r} holds {found}, not {wanted}"))
+        shown = str(found) if len(str(found)) <= _SHOWN else f"{str(found)[:_SHOWN]}..."
+        raise SpecError(JobError(f"{field}: column {column!r} holds {shown}, not {wanted}"))
 
 
 def is_text(kind: pa.DataType) -> bool:
     """Tell whether a column of a type holds texts."""
     return kind in (pa.string(), pa.large_string(), pa.null())
+
+
+def is_texts(kind: pa.DataType) -> bool:
+    """Tell whether a column of a type holds lists of texts; polars writes large ones."""
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return (is_list or pa.types.is_fixed_size_list(kind)) and is_text(kind.value_type)
 
 
 def warn_of_long_forms(spec: JobSpec, checkpoint: Checkpoint) -> None:

@@ -18,9 +18,8 @@ from quantbatch.input import keys, listing
 from quantbatch.ledger import Ledger
 from quantbatch.lengths import sample_lengths
 from quantbatch.plan import Plan, make_plan
-from quantbatch.prompts import chat, rendering, tools
+from quantbatch.prompts import chat, rendering
 from quantbatch.replica import ReplicaJob
-from quantbatch.spec import Generate
 from quantbatch.stages import ReadJob
 
 if TYPE_CHECKING:
@@ -118,9 +117,7 @@ def examine(spec: JobSpec, *, extend: bool = False) -> Job:
     checks.check_tokens(spec, checkpoint)
     rendering.compile_templates(spec.prompt)
     chat.require_chat_template(spec.prompt, checkpoint.chat_template)
-    if isinstance(spec.task, Generate):
-        chat.require_tools(spec.task.tools_column or spec.task.tools, checkpoint.chat_template)
-        tools.check_choice(spec.task, checkpoint.chat_template)
+    checks.check_tools(spec, checkpoint)
     max_input_tokens = checks.input_limit(spec, checkpoint)
     spec = checks.with_dimensions(spec, checkpoint)
     checks.check_labels(spec, checkpoint, max_input_tokens)

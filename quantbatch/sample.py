@@ -75,6 +75,8 @@ def check(spec: JobSpec, rows_wanted: int) -> tuple[Checkpoint, Head]:
     checks.check_places(spec)
     card = sizing.card_of(spec)
     checkpoint = sizing.open_model(spec, card)
+    checks.check_tokens(spec, checkpoint)
+    checks.check_tools(spec, checkpoint)
     limit = checks.input_limit(spec, checkpoint)
     listed = listing.list_input(spec.input)
     head = first_rows(spec, listed, rows_wanted)
@@ -83,6 +85,7 @@ def check(spec: JobSpec, rows_wanted: int) -> tuple[Checkpoint, Head]:
     spec = checks.with_dimensions(spec, checkpoint)
     checks.check_labels(spec, checkpoint, limit)
     tasks.check(spec, head.table.schema.names)
+    checks.warn_of_long_forms(spec, checkpoint)
     kept = rows.kept_columns(spec.output, head.table.schema, listed.partition_keys)
     rows.output_schema(spec, kept, head.table.schema)
     return checkpoint, head

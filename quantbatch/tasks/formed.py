@@ -153,16 +153,20 @@ def asked(task: Generate, table: pa.Table) -> Asked:
     errors: dict[int, RowError] = {}
     for row, scalar in enumerate(table[column]):
         try:
-            asks[row] = _ask_for(scalar.as_py())
+            asks[row] = _ask_for(_text(scalar.as_py()))
         except ValueError as error:  # also of text that is no UTF-8
             errors[row] = RowError(BAD_SCHEMA, f"column {column!r}: {error}")
     return Asked(pa.array(asks, pa.string()), errors)
 
 
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("it is null" if value is None else "it is no text")
+    return value
+
+
 @lru_cache(maxsize=1024)
-def _ask_for(text: object) -> str:
-    if not isinstance(text, str):
-        raise ValueError("it is null" if text is None else f"{type(text).__name__} is no JSON text")
+def _ask_for(text: str) -> str:
     grammar = Grammar("json_schema", structured.schema_text(text))
     if wrong := structured.problem(grammar):
         raise ValueError(wrong)

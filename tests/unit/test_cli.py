@@ -590,12 +590,23 @@ def test_validate_prints_the_resolved_spec(folder: Path) -> None:
         ("output.keep=[label]", "label"),
         ("output.uri=in/out", "in/out lies in the input"),
         ("sampling.max_new_tokens=512", "leaves no room"),
+        ("sampling.logit_bias={999999: 1}", "no token 999999"),
+        ("task={kind: generate, tools: [{type: function}]}", "chat template knows no tools"),
     ],
 )
 def test_validate_refuses_what_could_not_run(folder: Path, change: str, said: str) -> None:
     result = call("validate", "job.yaml", "--set", change)
     assert result.exit_code in (2, 3)
     assert said in result.stderr
+
+
+def test_validate_warns_of_answers_that_will_be_cut(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    form = "task={kind: generate, response: {choices: [zq1xwqzx2jzq1xw]}}"
+    result = call("validate", "job.yaml", "--set", form, "--set", "sampling.max_new_tokens=2")
+    assert result.exit_code == 0
+    assert "all will be truncated" in caplog.text + result.stderr
 
 
 def test_validate_warns_of_rows_that_can_not_be_read(folder: Path) -> None:

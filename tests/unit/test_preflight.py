@@ -280,3 +280,34 @@ def test_a_form_that_can_not_be_compiled_is_refused(folder: Path) -> None:
     task = {"kind": "generate", "response": {"json_schema": {"type": "strin"}}}
     with pytest.raises(JobError, match=r"task\.response\.json_schema: \$\.type: 'strin'"):
         prepare(make_spec(folder, task=task))
+
+
+WANTS_TEXTS = {"kind": "classify", "labels_column": "own"}
+WANTS_SCHEMA = {"kind": "generate", "response": {"schema_column": "own"}}
+
+
+@pytest.mark.parametrize(
+    ("own", "task", "said"),
+    [
+        ([["a"]], WANTS_TEXTS, ""),
+        (pa.array([["a"]], pa.large_list(pa.large_string())), WANTS_TEXTS, ""),
+        (pa.array([["a"]], pa.list_(pa.string(), 1)), WANTS_TEXTS, ""),
+        (["a"], WANTS_TEXTS, "task.labels_column: column 'own' holds string, not lists of texts"),
+        ([[1]], WANTS_TEXTS, "int64>, not lists of texts"),
+        (["{}"], WANTS_SCHEMA, ""),
+        ([["{}"]], WANTS_SCHEMA, "task.response.schema_column: column 'own' holds list"),
+        ([{"type": "object"}], WANTS_SCHEMA, "holds struct<type: string>, not JSON as text"),
+        ([[None]], {"kind": "score", "continuation": "own"}, "task.continuation: column 'own'"),
+    ],
+)  # fmt: skip
+def test_a_task_s_column_of_another_type_is_refused(
+    tmp_path: Path, own: Any, task: dict[str, Any], said: str
+) -> None:
+    write(tmp_path / "in" / "a.parquet", text=["x"], own=own)
+    spec = make_spec(tmp_path, task=task)
+    if not said:
+        assert prepare(spec).plan.rows == 1
+        return
+    with pytest.raises(JobError) as caught:
+        prepare(spec)
+    assert said in caught.value.problem

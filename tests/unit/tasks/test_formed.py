@@ -193,6 +193,12 @@ def test_rows_have_schemas_of_their_own() -> None:
     assert tasks.want(spec, read_ask(asks[0].as_py())) == Write(grammar=Grammar("json_schema", one))
 
 
+@pytest.mark.parametrize("schema", [1, [1], {"type": "object"}])
+def test_a_row_s_schema_that_is_no_text_is_an_error_row(schema: Any) -> None:
+    found = tasks.asked(job({"schema_column": "form"}), pa.table({"form": [schema]}))
+    assert found.errors[0].message == "column 'form': it is no text"
+
+
 def test_the_job_s_form_counts_for_rows_without_their_own() -> None:
     spec = job({"choices": ["é", "b"]})
     assert tasks.want(spec, read_ask(None)) == Write(grammar=Grammar("choices", '["é", "b"]'))
