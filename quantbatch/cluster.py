@@ -20,7 +20,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 from typing_extensions import override
 
-from quantbatch.draining import ours_again
+from quantbatch.draining import ours_again, signals_wait
 from quantbatch.errors import ClusterError, JobError, Stopped
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def joined(cluster: Cluster) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    _init(cluster)
     try:
+        _init(cluster)
         with _quiet_raylet():
             yield
     finally:
@@ -116,7 +116,9 @@ def _init(cluster: Cluster) -> None:
     try:
         if address:
             _knock(address)
-        with _quiet_start(), ours_again():
+        # What Ray starts on this machine would keep signals out for as long as it lives.
+        waits = signals_wait() if address else contextlib.nullcontext()
+        with waits, _quiet_start(), ours_again():
             ray.init(address or "local", **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ClusterError(

@@ -5,14 +5,13 @@ is by the records on its output.
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
 from quantbatch.errors import InputError, Refused
 from quantbatch.job_record import read_job
-from quantbatch.ledger import SUMMARY, Ledger
+from quantbatch.ledger import SUMMARY, Ledger, read_document
 from quantbatch.model import formats
 from quantbatch.model.kv import unpackable
 from quantbatch.model.widths import USEFUL_ROWS
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from quantbatch.preflight import Job
     from quantbatch.sample import Sampled
     from quantbatch.spec import Model
-    from quantbatch.storage import Store
 
 SHOWN_NUMBERS = 8
 """Numbers of a vector that a sample shows."""
@@ -247,7 +245,7 @@ def describe_status(uri: str, storage: Storage) -> dict[str, Any]:
         "files_done": len(ledger.published),
         "unreadable": plan.unreadable if plan else {},
         "versions": record["versions"],
-        "last_run": _summary(store),
+        "last_run": read_document(store, SUMMARY),
     }
 
 
@@ -295,14 +293,6 @@ def _ledger(record: dict[str, Any], uri: str, storage: Storage) -> Ledger:
         ) from error
     output = spec.output.model_copy(update={"uri": uri, "storage": storage})
     return Ledger.open(spec.model_copy(update={"output": output}), digest)
-
-
-def _summary(store: Store) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(store.read(SUMMARY))
-    except FileNotFoundError:
-        return None
-    return found
 
 
 def describe_sample(row: Sampled) -> dict[str, Any]:

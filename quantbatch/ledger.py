@@ -48,12 +48,13 @@ from quantbatch.commits import (
     rows_key,
     to_json,
 )
+from quantbatch.errors import Refused
 from quantbatch.job_record import FORMAT, read_job, refuse_other_job, refuse_strangers
 from quantbatch.plan import Plan
 from quantbatch.records import Counts, Receipt
 from quantbatch.retries import Retries, begun
 from quantbatch.spec import JobSpec
-from quantbatch.storage import PRIVATE, open_store
+from quantbatch.storage import PRIVATE, open_store, redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -245,8 +246,8 @@ class Ledger:
 
     def succeeded(self) -> bool:
         """Tell whether the manifest covers the whole plan, so that nothing is left to do."""
-        found = _read_json(self.store, SUCCESS)
-        if not self.finished or found is None or len(found["files"]) != len(self.published):
+        found = read_document(self.store, SUCCESS) or {}
+        if not self.finished or len(found.get("files", ())) != len(self.published):
             return False
         if self._stale():
             return False
@@ -292,7 +293,7 @@ class Ledger:
 
     def _load_plan(self) -> None:
         keys = sorted(info.key for info in self.store.list(f"{PRIVATE}/plan"))
-        plans = [Plan.from_bytes(self.store.read(key)) for key in keys]
+        plans = [_plan_of(self.store, key) for key in keys]
         self.plan = functools.reduce(Plan.followed_by, plans) if plans else None
         self.generations = len(plans)
 
@@ -330,6 +331,21 @@ def _read(store: Store, key: str) -> bytes | None:
         return None
 
 
-def _read_json(store: Store, key: str) -> dict[str, Any] | None:
-    data = _read(store, key)
-    return None if data is None else json.loads(data)
+def _plan_of(store: Store, key: str) -> Plan:
+    data = store.read(key)
+    try:
+        return Plan.from_bytes(data)
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+        raise Refused(
+            f"{redact(store.uri)}/{key} is damaged: {error}",
+            "restore it from a copy, or choose another output.uri and run the job again",
+        ) from error
+
+
+def read_document(store: Store, key: str) -> dict[str, Any] | None:
+    """Read a JSON object that is written anew when it is needed; None if it is gone or damaged."""
+    try:
+        found = json.loads(_read(store, key) or b"null")
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 MAX_SAID = 200
-"""Characters of an override that a message repeats."""
+"""Characters of a name or a value that a message repeats."""
+MOST_OF_A_MESSAGE = 1000
+"""Characters of what a validator says, which may repeat a value."""
 
 Location = tuple[str | int, ...]
 
@@ -121,8 +123,11 @@ def _set(document: dict[str, Any], override: str) -> Location:
 
 
 def _shown(override: str) -> str:
-    shown = redact(override)
-    return f"--set {shown if len(shown) <= MAX_SAID else shown[:MAX_SAID] + '...'}"
+    return f"--set {_cut(redact(override))}"
+
+
+def _cut(text: str, most: int = MAX_SAID) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _set_value(override: str, text: str) -> Any:  # noqa: ANN401 - parsed YAML
@@ -242,7 +247,7 @@ def _line(node: yaml.Node, place: Location) -> int:
 def _problem(
     place: Location, details: list[ErrorDetails], where: str, document: dict[str, Any]
 ) -> JobError:
-    name = ".".join(str(part) for part in place)
+    name = _cut(".".join(str(part) for part in place))
     first = details[0]
     match first["type"]:
         case "extra_forbidden":
@@ -250,14 +255,15 @@ def _problem(
         case "missing":
             return JobError(f"{where}: {name} is missing", _description(place, document))
         case "value_error":
-            said = str(first["msg"]).removeprefix("Value error, ")
+            said = _cut(str(first["msg"]).removeprefix("Value error, "), MOST_OF_A_MESSAGE)
             return JobError(f"{where}: {name}: {said}" if name else f"{where}: {said}")
         case "union_tag_not_found":
             return JobError(f"{where}: {name}.kind is missing", f"it is {_either(_kinds(place))}")
         case "union_tag_invalid":
             kind, kinds = str(first.get("ctx", {}).get("tag")), _kinds(place)
             near = _nearest(kind, kinds)
-            problem = f"{where}: {name}.kind: {json.dumps(kind)}: should be {_either(kinds)}"
+            value = _cut(redact(json.dumps(kind)))
+            problem = f"{where}: {name}.kind: {value}: should be {_either(kinds)}"
             return JobError(problem, f"did you mean {near}?" if near else "")
         case _:
             pass

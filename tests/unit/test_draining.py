@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from quantbatch.draining import Drain, ours_again, stoppable
+from quantbatch.draining import Drain, ours_again, signals_wait, stoppable
 from quantbatch.errors import Stopped
 
 if TYPE_CHECKING:
@@ -181,6 +181,18 @@ def test_a_signal_while_ray_starts_is_told_as_any_other() -> None:
     with pytest.raises(Stopped, match="stopped by SIGTERM"), ours_again():
         start_as_ray_does()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_waits_until_ray_is_there() -> None:
+    steps: list[str] = []
+
+    def start() -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        steps.append("there")
+
+    with pytest.raises(Stopped, match="stopped by SIGTERM"), stoppable(), signals_wait():
+        start()
+    assert steps == ["there"]
 
 
 def test_a_run_that_ends_waits_for_the_thread_that_closes_the_gate(told: list[str]) -> None:

@@ -336,3 +336,20 @@ def test_a_damaged_record_of_a_job_is_one_error(spec: JobSpec, content: bytes) -
         Ledger.open(spec, "digest")
     with pytest.raises(Refused, match="json is damaged"):
         describe_status(spec.output.uri, spec.output.storage)
+
+
+def test_a_damaged_plan_is_one_error(spec: JobSpec) -> None:
+    opened(spec)
+    path = Path(spec.output.uri, "_quantbatch", "plan", "0000.parquet")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(Refused, match=r"plan/0000\.parquet is damaged"):
+        Ledger.open(spec, "digest")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"{}", b"\xff\xfe"])
+def test_what_is_written_anew_may_be_damaged(spec: JobSpec, content: bytes) -> None:
+    opened(spec)
+    for name in ("_SUCCESS", "_quantbatch/summary.json"):
+        Path(spec.output.uri, name).write_bytes(content)
+    assert not Ledger.open(spec, "digest").succeeded()
+    assert not describe_status(spec.output.uri, spec.output.storage)["last_run"]

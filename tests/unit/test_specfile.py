@@ -478,3 +478,9 @@ def test_relative_paths_of_a_model_are_found_from_elsewhere(tmp_path: Path) -> N
     for cache in ("s3://bucket/weights", "/weights", "~/weights", None):
         elsewhere = Model(id="org/name", cache=cache)
         assert elsewhere.seen_from(str(tmp_path)) == elsewhere
+
+
+def test_a_message_repeats_no_more_than_the_beginning_of_what_is_long(tmp_path: Path) -> None:
+    for line in ("engine: {kind: LONG}", "LONG: 1", "name: [LONG]", "sampling: {stop: LONG: x}"):
+        found = problems(tmp_path, line.replace("LONG", "x" * 70_000))
+        assert all(len(said) < 2000 for said, _ in found), line
