@@ -44,6 +44,11 @@ class OneFile(NamedTuple):
         return self.folder / "job.yaml"
 
     @property
+    def finished(self) -> Path:
+        """Is there from when the job puts its output: what is in its place before is somebody's."""
+        return self.folder / "finished"
+
+    @property
     def records(self) -> Path:
         """The job's output folder."""
         return self.folder / "output"
@@ -66,7 +71,7 @@ def begin(input: Path, output: Path, *, model: str, bits: int | str | None) -> O
     if not output.name.endswith(".jsonl"):
         raise SpecError(JobError(f"--output {output}: should end in .jsonl"))
     made = OneFile(output.absolute())
-    if not made.folder.exists() and (there := _first_there(made.output, made.errors)):
+    if not made.finished.exists() and (there := _first_there(made.output, made.errors)):
         raise Refused(f"{there} exists", "choose another name, or remove it")
     fields: dict[str, Any] = {
         "name": re.sub(r"[^A-Za-z0-9._-]", "-", input.stem).lstrip("._-")[:63] or "batch",
@@ -97,6 +102,7 @@ def finish(job: OneFile) -> None:
     parts = sorted(job.records.glob("part-*.jsonl"))
     failed = [path for path in parts if path.name.endswith(".errors.jsonl")]
     try:
+        job.finished.touch()
         if failed:
             _join(failed, job.errors)
         else:

@@ -78,6 +78,13 @@ def test_files_that_are_there_are_not_written_over(tmp_path: Path) -> None:
         begin(tmp_path)
 
 
+def test_nor_are_those_that_come_before_the_job_is_done(tmp_path: Path) -> None:
+    begin(tmp_path)
+    (tmp_path / "out.jsonl").write_text("mine")
+    with pytest.raises(Refused, match=r"out\.jsonl exists"):
+        begin(tmp_path)
+
+
 def test_what_can_t_be(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="there is no such file"):
         onefile.begin(tmp_path / "none.jsonl", tmp_path / "o.jsonl", model="m", bits=4)
