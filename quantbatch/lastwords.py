@@ -78,16 +78,6 @@ class LastWords:
         """Return a watchdog that ends the process if a step takes too long."""
         return Watchdog(self._file, deadline_s)
 
-    @contextlib.contextmanager
-    def within(self, deadline_s: float) -> Iterator[None]:
-        """End the process if what is done meanwhile takes too long."""
-        dog = self.watchdog(deadline_s)
-        dog.alive()
-        try:
-            yield
-        finally:
-            dog.rest()
-
     def close(self) -> None:
         """Leave nothing behind: the process ends well."""
         faulthandler.cancel_dump_traceback_later()
@@ -95,6 +85,19 @@ class LastWords:
         self._file.close()
         if self._path != Path(os.devnull):
             self._path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def within(deadline_s: float, words: LastWords | None) -> Iterator[None]:
+    """End the process if what is done meanwhile takes too long; not one that has no last words."""
+    dog = words.watchdog(deadline_s) if words else None
+    if dog:
+        dog.alive()
+    try:
+        yield
+    finally:
+        if dog:
+            dog.rest()
 
 
 class Watchdog:

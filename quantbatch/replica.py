@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import logging
@@ -21,7 +20,7 @@ from quantbatch.engine import echo
 from quantbatch.engine.dedup import Deduplicated
 from quantbatch.errors import JobError, Stopped
 from quantbatch.gate import NoDoor
-from quantbatch.lastwords import LastWords
+from quantbatch.lastwords import LastWords, within
 from quantbatch.model.checkpoint import find_checkpoint
 from quantbatch.model.sizes import gib
 from quantbatch.prompts.rendering import sample_seed
@@ -43,7 +42,6 @@ from quantbatch.wants import Write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
 
     import pyarrow as pa
 
@@ -177,7 +175,7 @@ class Replica:
         """How the process of this name before this one ended."""
         try:
             self._knock()
-            with self._within(job.spec.limits.load_timeout_s):
+            with within(job.spec.limits.load_timeout_s, self._words):
                 loaded = load_engine(job)
         except JobError as error:
             self._broken = error
@@ -204,9 +202,6 @@ class Replica:
                 "see what the machine's memory, the card and its driver say; then the same command"
             )
             raise Stopped(reason, f"{hint} continues the job")
-
-    def _within(self, deadline_s: float) -> AbstractContextManager[None]:
-        return self._words.within(deadline_s) if self._words else contextlib.nullcontext()
 
     def _leave(self, code: int, reason: str) -> None:
         if self._words:

@@ -7,7 +7,6 @@ a receipt.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import operator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from quantbatch import rows, suspects, tasks
 from quantbatch.commits import commit_chunk
 from quantbatch.errors import InputError, JobError, RowError, Stopped, StorageError
 from quantbatch.input import listing, sources
-from quantbatch.lastwords import LastWords
+from quantbatch.lastwords import LastWords, within
 from quantbatch.model.checkpoint import find_checkpoint
 from quantbatch.prompts.renderers import renderer_of
 from quantbatch.prompts.tokens import tokenizer_of
@@ -163,7 +162,7 @@ class Reader:
         chunk = _chunk(item)
         if not self._door.begin(chunk.id, reading=True):
             return pack(chunk.id, rows.held_back(chunk.shard))
-        with self._words.within(READING_S) if self._words else contextlib.nullcontext():
+        with within(READING_S, self._words):
             found = read_and_render(chunk, job=self._job)
         self._door.end(chunk.id, answered=False)
         return found

@@ -25,7 +25,8 @@ CHAT_TEMPLATE = (
     "{% if think is defined and not think %}<think></think>{% endif %}{% endif %}"
 )
 
-# The same examples in each run: a test fails since something changed. `make soak` draws others.
+# The same examples in each run: a test fails since something changed. Others are drawn with
+# `--hypothesis-profile default`, as by `make soak`.
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 

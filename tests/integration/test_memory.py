@@ -77,7 +77,7 @@ def peaks_of(spec: Path, head: Head, *, timeout_s: float = 250) -> Peaks:
             max(peaks.driver, most_mib(driver.pid)),
             max([peaks.readers, *(most_mib(pid) for pid in readers)]),
         )
-        time.sleep(0.5)
+        time.sleep(0.2)
     assert driver.returncode == 0, (spec.parent / "log").read_text()[-3000:]
     proven(spec)
     return peaks

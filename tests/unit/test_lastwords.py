@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PROGRAM = """
 import ctypes, os, sys, threading, time
 from pathlib import Path
-from quantbatch.lastwords import LastWords
+from quantbatch.lastwords import LastWords, within
 words = LastWords("replica/1", Path(sys.argv[1]))
 def work():
     dog = words.watchdog(0.5)
@@ -40,11 +40,11 @@ match sys.argv[2]:
     case "hang":
         thread = threading.Thread(target=work); thread.start(); thread.join()
     case "stuck":
-        with words.within(0.5):
+        with within(0.5, words):
             time.sleep(0.2)
         time.sleep(2)
         print("now", flush=True)
-        with words.within(0.5):
+        with within(0.5, words):
             ctypes.PyDLL(None).sleep(60)
     case "leave":
         words.say("CUDA error: an illegal memory access"); os._exit(70)
