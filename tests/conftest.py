@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
 import json
+import logging
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,6 +58,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("what was counted")
         for line in sorted(lines):
             terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Leave out what Ray's own threads say: those that another test began log when they like."""
+    main = threading.main_thread().ident
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return record.thread == main or not record.name.startswith("ray")
+
+    caplog.handler.addFilter(wanted)
+    yield caplog
+    caplog.handler.removeFilter(wanted)
 
 
 @pytest.fixture(autouse=True)
