@@ -601,10 +601,10 @@ class ContinuousEngine(ModelEngine):
     large steps pay for expanding quantized weights, and 512 on a CPU."""
     share_prefixes: bool = Field(True, json_schema_extra=TUNING)
     """Compute the common beginning of prompts once, in blocks of 16 tokens."""
-    fused_4bit: bool = Field(False, json_schema_extra=TUNING)
+    fused_4bit: bool = Field(True, json_schema_extra=TUNING)
     """On a card, multiply few rows by 4-bit weights without expanding them in memory, where that is
     found to be right and faster as the model is loaded. Sums then come in another order, as they do
-    with another batch_size. Off until it has run on cards."""
+    with another batch_size."""
 
 
 class StaticEngine(ModelEngine):
@@ -617,7 +617,7 @@ class StaticEngine(ModelEngine):
         "auto", json_schema_extra=TUNING
     )
     """Rows that run at once; `auto` is what the memory plan has room for."""
-    fused_4bit: bool = Field(False, json_schema_extra=TUNING)
+    fused_4bit: bool = Field(True, json_schema_extra=TUNING)
     """As for the continuous engine."""
 
 

@@ -83,12 +83,17 @@ def speed(
     only: Annotated[
         str, typer.Option(help="Parts of the names of those to run, with | between them.")
     ] = "",
+    fused: Annotated[
+        bool, typer.Option(help="All contenders multiply by our 4-bit kernel, where it is faster.")
+    ] = False,
     device: Device = "cuda",
     out: Out = None,
     budget_s: Budget = 480.0,
 ) -> None:
     """Output tokens per second: pipeline, sorted generate, continuous batching, ours."""
-    record = _record("speed", device, out, budget_s, shape=shape, kind=kind, only=only, rows=rows)
+    options = {"shape": shape, "kind": kind, "only": only, "rows": rows}
+    options |= {"kernel": "fused"} if fused else {}
+    record = _record("speed", device, out, budget_s, **options)
     from jobs.gpubench import speed as part
 
     part.race(record, shape, kind, rows=rows, contender_budget_s=contender_s, only=only)

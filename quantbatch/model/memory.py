@@ -40,6 +40,10 @@ CUDA_CONTEXT_BYTES = 800 * 2**20
 """What a process takes of a card beside torch's tensors: 0.74 to 0.80 GiB on an H100 with the
 kernels of cuBLAS, bitsandbytes and Triton (torch 2.11, measured). A smaller card has less: 0.49 GiB
 in an out-of-memory report from a 4090."""
+CUBLAS_BYTES = 2 * 32 * 2**20
+"""Workspaces of cuBLAS on a Hopper card, others have less: torch takes one for each thread that
+multiplies, and a replica is loaded by one thread and computes in another. A continuous engine has
+them in its reserve."""
 RECORDED_SIZES = (
     *(1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256),
 )
@@ -349,7 +353,8 @@ class Load:
         config, item_bytes = self.checkpoint.text_config, self._item_bytes
         tokens = rows * self.work.prompt_tokens
         return (
-            workspace.dequantized_bytes(self.weights, self._quantization, tokens)
+            (0 if self.device_bytes is None else CUBLAS_BYTES)
+            + workspace.dequantized_bytes(self.weights, self._quantization, tokens)
             + workspace.activation_bytes(config, tokens, item_bytes)
             + workspace.mask_bytes(rows, self.work.prompt_tokens, item_bytes)
             + workspace.score_bytes(config, rows, self.work.prompt_tokens, item_bytes)

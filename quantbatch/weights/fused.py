@@ -9,7 +9,7 @@ ends.
 
 All that goes wrong, and every doubt, leaves all layers as bitsandbytes made them: no Triton, an
 error of its compiler, another result. A kernel that reads where it must not would end the process,
-which nothing here can catch. It has not run on a card yet, so `engine.fused_4bit` asks for it.
+which nothing here can catch. `engine.fused_4bit: false` leaves all layers to bitsandbytes.
 
 Where two ways are about as fast, two loads may choose differently, and answers then differ at
 near-ties. Of a model that is spread over several cards, layers on the first alone are tried.
@@ -242,16 +242,25 @@ def close(got_MN: Tensor, wanted_MN: Tensor) -> bool:
     return all(bool((a <= CLOSE_LINE * w.clamp(min=w.mean())).all()) for a, w in lines)
 
 
+@functools.cache
+def _side_stream() -> Any:  # noqa: ANN401
+    """Return the one stream that recordings are made on.
+
+    A new one each time would leave 32 MiB with each: cuBLAS keeps a workspace for every stream.
+    """
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
 def seconds(products: Sequence[Product], x_MK: Tensor) -> float:
     """Return the mean time of some products, recorded and replayed one after the other."""
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = _side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for each in products:  # compiles what the recording calls
             each(x_MK)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for each in products:
             each(x_MK)
     begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -15,20 +15,18 @@ products are of bare codes, and their sum in float32 is multiplied by the scale:
 add for each of 64 * M products. Where there are few programs, K is split among several, and a
 second kernel adds their sums in fixed order: no atomics, the same bits each time.
 
-Codes become 16-bit numbers by permuting bytes (`expansion.py`). All instructions of the loop, as
-Triton 3.6 and ptxas compile it for an H100 (128 rows of the matrix, 4 warps), take 1.4 times as
-long to issue as the codes take to arrive, with 16 or 32 rows of activations; 1.6 times with 64, 2.2
-with 128. So arithmetic is the bottleneck, at about 1.7 ms for those 7.0e9 weights and 32 rows, if
-nothing stalls.
+Codes become 16-bit numbers by permuting bytes (`expansion.py`). With all that surrounds it that is 5
+to 6.6 instructions for a weight (Nsight Compute, H200), and however a product is divided, they are
+what is waited for: 14,336 x 4,096 by 16 rows takes 29 us there, a quarter of what memory allows and
+no longer than bf16 takes by cuBLAS; bitsandbytes takes 69, and 108 for 4,096 x 14,336. A step of 32
+rows through an 8B model takes 8.6 ms instead of 15.4 (`jobs/bench.py gpu fused`).
 
 Rounding. bitsandbytes rounds each product of a code and a scale to the activations' type, which
 costs 0.16 % of a weight in bfloat16. Here only the 16 codes are rounded, in the unit that is best
 for them: 0.06 % (`expansion.py`). So products are a little nearer to the exact ones, and others:
 answers may differ at near-ties, as they do by the size of a batch.
 
-Not yet run on a card: it was run in Triton's interpreter, with PTX emulated, and compiled for
-compute capabilities 8.0, 8.9 and 9.0 by Triton 3.6 and 3.9. `fused.py` decides on the card, by
-comparing and by timing, whether it is used at all.
+`fused.py` decides on the card at hand, by comparing and by timing, for which rows it is used.
 
 Shapes: M rows of activations, N rows of the matrix, K columns, two to a byte.
 """
@@ -174,8 +172,13 @@ def multiply(x_MK: Tensor, weights: Packed, bias_N: Tensor | None, tiles: Tiles)
 
 
 def _warps(tiles: Tiles) -> int:
-    """Return as many that sums, twice, fit a thread's registers."""
-    return 4 if tiles.rows * tiles.columns <= 64 * 128 else 8
+    """Return as many that each thread has 64 sums or fewer: they are twice in its registers.
+
+    Two, not four, where that is enough. With four Triton takes the tensor cores' instructions for
+    whole groups of warps, which want activations in shared memory: on an H200 that was slower, 33
+    against 29 us for 16 rows by 14,336 x 4,096.
+    """
+    return max(2, tiles.rows * tiles.columns // (64 * 32))
 
 
 def _stages(rows: int, block: int) -> int:
