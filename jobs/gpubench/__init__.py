@@ -8,6 +8,7 @@ memory.py      planned memory against measured
 oom.py         memory that really runs out, and no row lost
 speed.py       output tokens per second against what else there is; contenders.py runs them in parts
 paged.py       transformers' continuous batching on a card
+labels.py      labels, scores and vectors against generating and padded loops; forms, free text
 floor.py       decode steps against the memory's bandwidth, prefill against the matrix rate
 profiling.py   which kernels the time goes to
 fused.py       our 4-bit kernel against bitsandbytes, by matrix and in decode steps

@@ -100,6 +100,28 @@ def speed(
 
 
 @app.command()
+def label(
+    shape: ShapeName = "8b",
+    kind: Kind = "bf16",
+    rows: int = 256,
+    only: Annotated[
+        str,
+        typer.Option(
+            help="Of classify, shared, short, score, embed, structured, with | between them."
+        ),
+    ] = "",
+    device: Device = "cuda",
+    out: Out = None,
+    budget_s: Budget = 150.0,
+) -> None:
+    """Labels, scores and vectors against generating and padded loops; forms against free text."""
+    record = _record("label", device, out, budget_s, shape=shape, kind=kind, only=only, rows=rows)
+    from jobs.gpubench import labels as part
+
+    part.measure(record, shape, kind, rows=rows, only=only)
+
+
+@app.command()
 def floor(
     shape: ShapeName = "8b",
     kinds: Kinds = ["bf16", "nf4-dq", "int8"],  # noqa: B006

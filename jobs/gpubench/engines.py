@@ -78,27 +78,33 @@ def planned(
         rows: Rows at once; None for as many as pay and fit.
         device_bytes: Memory that it may fill; None for all of the card.
     """
-    work = Work(
+    work = work_of(device, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rows=rows)
+    if device_bytes is None:
+        device_bytes = peak.device_bytes(device, 1)
+    return plan_memory(built.checkpoint, built.spec, work, device_bytes)
+
+
+def work_of(device: str, *, prompt_tokens: int, new_tokens: int, rows: int | None = None) -> Work:
+    """Return the work that `planned` plans."""
+    return Work(
         max_tokens=prompt_tokens + new_tokens,
         prompt_tokens=prompt_tokens,
         batch_size=rows,
         step_tokens=STEP_TOKENS["cuda" if on_card(device) else "cpu"],
         greedy=True,
     )
-    if device_bytes is None:
-        device_bytes = peak.device_bytes(device, 1)
-    return plan_memory(built.checkpoint, built.spec, work, device_bytes)
 
 
 @contextlib.contextmanager
 def engine_of(
-    built: Built, plan: MemoryPlan, *, record_steps: bool = True
+    built: Built, plan: MemoryPlan, *, record_steps: bool = True, share_prefixes: bool = False
 ) -> Iterator[ContinuousEngine]:
     """Make the engine of a plan; afterwards the model is as before, and the cache is free.
 
-    Beginnings are not shared: rows that are answered twice would be answered from the first time.
+    Beginnings are shared on request only: rows that are answered twice would be answered from the
+    first time.
     """
-    limits = replace(limits_of(plan, share_prefixes=False), record_steps=record_steps)
+    limits = replace(limits_of(plan, share_prefixes=share_prefixes), record_steps=record_steps)
     engine = ContinuousEngine(built.model, built.tokenizer, limits)
     try:
         yield engine

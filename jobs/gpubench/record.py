@@ -58,9 +58,9 @@ class Record:
         print(json.dumps(result), flush=True)
         self._write()
 
-    def skip(self, **what: Any) -> None:
-        """Say that something was not begun, because the time is used up."""
-        self.add(**what, skipped=f"{self.budget_s:g} s are used up")
+    def skip(self, why: str = "", **what: Any) -> None:
+        """Say that something was not begun; without a reason, because the time is used up."""
+        self.add(**what, skipped=why or f"{self.budget_s:g} s are used up")
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:

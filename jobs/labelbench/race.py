@@ -67,18 +67,27 @@ def _workload(task: str, loaded: Loaded, count: int) -> tuple[list[Row], list[Co
     random = np.random.default_rng(SEED)
     match task:
         case "classify" | "short" | "shared":
-            shared, own = PROMPTS[task]
-            [beginning] = words.prompts(random, [shared])
-            prompts = [beginning + each for each in words.prompts(random, [own] * count)]
-            rows = words.rows(prompts, [1] * count)
-            labels: list[Tokens] = [tuple(each) for each in words.prompts(random, LABEL_TOKENS)]
-            return rows, classifying(loaded, labels)
+            rows = labeled(words, random, task, count)
+            return rows, classifying(loaded, labels(words, random))
         case "score":
             return mixed(words, count), scoring(loaded)
         case "embed":
             return mixed(words, count), embedding(loaded)
         case _:
             raise ValueError(f"no task is called {task}")
+
+
+def labeled(words: Words, random: np.random.Generator, task: str, count: int) -> list[Row]:
+    """Return the rows of one of `PROMPTS`."""
+    shared, own = PROMPTS[task]
+    [beginning] = words.prompts(random, [shared])
+    prompts = [beginning + each for each in words.prompts(random, [own] * count)]
+    return words.rows(prompts, [1] * count)
+
+
+def labels(words: Words, random: np.random.Generator) -> list[Tokens]:
+    """Return the labels of `LABEL_TOKENS`."""
+    return [tuple(each) for each in words.prompts(random, LABEL_TOKENS)]
 
 
 def _described(
@@ -99,7 +108,7 @@ def _described(
                 "name": each.name,
                 "rows_per_cpu_s": round(len(work) / best[each.name], 2),
                 "first_is_faster_by": round(best[each.name] / best[first], 2),
-                "furthest_off": _furthest(answers[first], answers[each.name])
+                "furthest_off": furthest(answers[first], answers[each.name])
                 if each.compared
                 else None,
                 "runs": runs[each.name],
@@ -109,7 +118,7 @@ def _described(
     }
 
 
-def _furthest(some: Sequence[Numbers], others: Sequence[Numbers]) -> float:
+def furthest(some: Sequence[Numbers], others: Sequence[Numbers]) -> float:
     """Return how far two contenders' numbers are apart, of their size."""
     pairs = [(np.array(a), np.array(b)) for a, b in zip(some, others, strict=True)]
     return float(max((np.abs(a - b) / np.maximum(1, np.abs(a))).max() for a, b in pairs))

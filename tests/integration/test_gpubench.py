@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from jobs.gpubench import engines, fused, oom, shapes, speed
+from jobs.gpubench import engines, fused, labels, oom, shapes, speed
 from jobs.gpubench.paged import PagedOnCard
 from jobs.gpubench.record import Record
 from quantbatch.model.checkpoint import open_checkpoint
@@ -96,6 +96,37 @@ def test_a_contender_that_fails_is_told_and_the_others_go_on(
     assert failed["failed"] == "RuntimeError: this step can't be recorded"
     assert instead["contender"] == failed["contender"] + ", unrecorded"
     assert instead["rows_finished"] == 2
+
+
+def test_reading_is_measured_against_writing_and_padded_loops(tmp_path: Path) -> None:
+    record = Record("label", "cpu", {}, tmp_path)
+    labels.measure(record, "tiny", "fp32", rows=4, only="short|score|embed")
+    assert not [each for each in record.results if "failed" in each]
+    found = [(each["case"], each["contender"]) for each in record.results if "contender" in each]
+    assert found == [
+        *(("short", "generate 5"), ("short", "classify"), ("short", "pipeline, batch 8")),
+        *(("score", "score"), ("score", "padded, batch 32")),
+        *(("embed", "embed"), ("embed", "padded, batch 32")),
+    ]
+    assert all(each["furthest_off"] < 1e-3 for each in record.results if "furthest_off" in each)
+
+
+def test_forms_are_measured_with_a_vocabulary_of_the_model_s_size(tmp_path: Path) -> None:
+    record = Record("label", "cpu", {}, tmp_path)
+    labels.measure(record, "tiny", "nf4-dq", rows=4, only="structured")
+    *_, found = record.results
+    assert found["words"] == shapes.SHAPES["tiny"].fields["vocab_size"]
+    assert found["valid"] == found["complete"] == found["rows"] == 2
+
+
+def test_forms_are_left_out_where_their_library_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labels, "LIBRARIES", ("llguidance", "no_such_library"))
+    record = Record("label", "cpu", {}, tmp_path)
+    labels.measure(record, "tiny", "fp32", rows=4, only="structured")
+    *_, found = record.results
+    assert found["skipped"] == "no_such_library can't be imported"
 
 
 def test_memory_runs_out_until_it_did_so_often_enough(
