@@ -7,7 +7,7 @@ has words of its own: what one leaves in the cache is of no use to the next, but
 all rows of a pass share is computed once, as in a job.
 
 What others do is measured over as many rows as its kind needs, after a warm-up, and told by rows
-rows per second. A loop with padding is asked for the very rows of our last pass. By 4-bit weights
+per second. A loop with padding is asked for the very rows of our last pass. By 4-bit weights
 ours has its own kernel where that is faster, as in a job, and the others have bitsandbytes alone.
 """
 
