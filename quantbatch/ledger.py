@@ -25,6 +25,7 @@ published only with the sum of those of its chunks.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -319,9 +320,13 @@ class Ledger:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what decides an answer."""
+    """Return the versions of what decides an answer; models can be compared without Ray."""
     names = ("quantbatch", "torch", "transformers", "tokenizers", "bitsandbytes", "ray", "pyarrow")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _read(store: Store, key: str) -> bytes | None:

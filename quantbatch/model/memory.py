@@ -40,10 +40,10 @@ CUDA_CONTEXT_BYTES = 800 * 2**20
 """What a process takes of a card beside torch's tensors: 0.74 to 0.80 GiB on an H100 with the
 kernels of cuBLAS, bitsandbytes and Triton (torch 2.11, measured). A smaller card has less: 0.49 GiB
 in an out-of-memory report from a 4090."""
-CUBLAS_BYTES = 2 * 32 * 2**20
-"""Workspaces of cuBLAS on a Hopper card, others have less: torch takes one for each thread that
-multiplies, and a replica is loaded by one thread and computes in another. A continuous engine has
-them in its reserve."""
+CUBLAS_BYTES = 4 * 32 * 2**20
+"""Workspaces of cuBLAS. torch keeps one for each stream of each thread that multiplies, 32 MiB on a
+Hopper card, less on others: for the thread that loads, and the stream on which it tries the 4-bit
+kernel; for the thread that computes, and the stream on which it records steps."""
 RECORDED_SIZES = (
     *(1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256),
 )
@@ -353,7 +353,7 @@ class Load:
         config, item_bytes = self.checkpoint.text_config, self._item_bytes
         tokens = rows * self.work.prompt_tokens
         return (
-            (0 if self.device_bytes is None else CUBLAS_BYTES)
+            self._cublas_bytes
             + workspace.dequantized_bytes(self.weights, self._quantization, tokens)
             + workspace.activation_bytes(config, tokens, item_bytes)
             + workspace.mask_bytes(rows, self.work.prompt_tokens, item_bytes)
@@ -369,7 +369,8 @@ class Load:
         config, item_bytes = self.checkpoint.text_config, self._item_bytes
         tokens = max(rows, self.work.step_tokens)
         return (
-            workspace.dequantized_bytes(self.weights, self._quantization, tokens)
+            self._cublas_bytes
+            + workspace.dequantized_bytes(self.weights, self._quantization, tokens)
             + workspace.activation_bytes(config, tokens, item_bytes)
             + workspace.packed_score_bytes(config, self.work.max_tokens, item_bytes)
             + workspace.logit_bytes(config, rows, greedy=self.work.greedy)
@@ -381,6 +382,10 @@ class Load:
                 self.shape, 1, self.work.step_tokens + 2 * self.work.max_tokens
             )
         )
+
+    @property
+    def _cublas_bytes(self) -> int:
+        return 0 if self.device_bytes is None else CUBLAS_BYTES
 
     def _recorded_bytes(self, rows: int) -> int:
         """What recorded steps keep for themselves on a card: scores, a forward's workspace, and a

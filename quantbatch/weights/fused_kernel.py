@@ -15,11 +15,11 @@ products are of bare codes, and their sum in float32 is multiplied by the scale:
 add for each of 64 * M products. Where there are few programs, K is split among several, and a
 second kernel adds their sums in fixed order: no atomics, the same bits each time.
 
-Codes become 16-bit numbers by permuting bytes (`expansion.py`). With all that surrounds it that is 5
-to 6.6 instructions for a weight (Nsight Compute, H200), and however a product is divided, they are
-what is waited for: 14,336 x 4,096 by 16 rows takes 29 us there, a quarter of what memory allows and
-no longer than bf16 takes by cuBLAS; bitsandbytes takes 69, and 108 for 4,096 x 14,336. A step of 32
-rows through an 8B model takes 8.6 ms instead of 15.4 (`jobs/bench.py gpu fused`).
+Codes become 16-bit numbers by permuting bytes (`expansion.py`). With all that surrounds it that is
+5 to 6.6 instructions for a weight (Nsight Compute, H200), and however a product is divided, they
+are what is waited for: 14,336 x 4,096 by 16 rows takes 29 us there, a quarter of what memory allows
+and no longer than bf16 takes by cuBLAS; bitsandbytes takes 69, and 108 for 4,096 x 14,336. A step
+of 32 rows through an 8B model takes 8.6 ms instead of 15.4 (`jobs/bench.py gpu fused`).
 
 Rounding. bitsandbytes rounds each product of a code and a scale to the activations' type, which
 costs 0.16 % of a weight in bfloat16. Here only the 16 codes are rounded, in the unit that is best
