@@ -155,41 +155,56 @@ def attend_one_row(
     )  # fmt: skip
 
 
-def attend_tree(
-    q_1HND: Tensor,
-    row: tuple[Tensor, Tensor],
+def attend_trees(
+    q_RHND: Tensor,
+    rows: tuple[Tensor, Tensor],
     new: tuple[Tensor, Tensor],
     sees_NN: Tensor,
     options: AttentionOptions,
+    ends_R: Tensor | None = None,
 ) -> Tensor:
-    """Attend from N candidates' tokens to their row and to each other.
+    """Attend from N candidates' tokens of each of R rows to their row and to each other.
 
     Args:
-        q_1HND: Their queries.
-        row: Keys and values of the row, (1, K, L, D).
-        new: Keys and values of the tokens themselves, (1, K, N, D).
-        sees_NN: Which of each other they see, themselves included.
+        q_RHND: Their queries.
+        rows: Keys and values of the rows, (R, K, L, D).
+        new: Keys and values of the tokens themselves, (R, K, N, D).
+        sees_NN: Which of each other they see, themselves included; the same in all rows.
         options: How.
+        ends_R: Tokens of each row, if not all have L; what is beyond them is finite.
 
     Returns:
-        The output, (1, H, N, D).
+        The output, (R, H, N, D).
     """
-    k_1KLD, v_1KLD = (torch.cat(pair, dim=2) for pair in zip(row, new, strict=True))
-    before = row[0].shape[2]
-    sees_NL = torch.cat([sees_NN.new_ones(len(sees_NN), before), sees_NN], dim=1)
-    if options.window is not None:
-        depths_N1 = sees_NN.sum(1, keepdim=True)  # how many of its own path a token sees
-        first_N1 = before + depths_N1 - options.window
-        sees_NL[:, :before] &= torch.arange(before, device=first_N1.device) >= first_N1
-        sees_NL[:, before:] &= depths_N1 - depths_N1.T < options.window
-    groups = q_1HND.shape[1] // k_1KLD.shape[1]
+    k_RKLD, v_RKLD = (torch.cat(pair, dim=2) for pair in zip(rows, new, strict=True))
+    before = rows[0].shape[2]
+    if ends_R is None:
+        ends_R = torch.tensor([before], device=sees_NN.device)
+    sees_RNL = _sees_of_trees(sees_NN, ends_R, before, options.window)
+    groups = q_RHND.shape[1] // k_RKLD.shape[1]
     if options.softcap:
-        k_1HDL = k_1KLD.repeat_interleave(groups, dim=1).transpose(2, 3)
-        v_1HLD = v_1KLD.repeat_interleave(groups, dim=1)
-        return _softcapped_block(q_1HND, k_1HDL, v_1HLD, sees_NL, options)
-    return scaled_dot_product_attention(
-        q_1HND, k_1KLD, v_1KLD, attn_mask=sees_NL, scale=options.scale, enable_gqa=groups > 1
+        k_RHDL = k_RKLD.repeat_interleave(groups, dim=1).transpose(2, 3)
+        v_RHLD = v_RKLD.repeat_interleave(groups, dim=1)
+        return _softcapped_block(q_RHND, k_RHDL, v_RHLD, sees_RNL[:, None], options)
+    # Heads that share keys become queries of one head: nothing is copied for them.
+    count, heads, queries, size = q_RHND.shape
+    q_RKMD = q_RHND.reshape(count, heads // groups, groups * queries, size)
+    sees_R1ML = sees_RNL.repeat(1, groups, 1)[:, None]
+    out_RKMD = scaled_dot_product_attention(
+        q_RKMD, k_RKLD, v_RKLD, attn_mask=sees_R1ML, scale=options.scale
     )
+    return out_RKMD.reshape(count, heads, queries, -1)
+
+
+def _sees_of_trees(sees_NN: Tensor, ends_R: Tensor, before: int, window: int | None) -> Tensor:
+    """Return which of their row's and of each other's tokens candidates' tokens see, (R, N, L)."""
+    at_L, ends_R11 = torch.arange(before, device=sees_NN.device), ends_R[:, None, None]
+    sees_RNL = (at_L < ends_R11).expand(-1, len(sees_NN), -1)
+    if window is not None:
+        depths_N1 = sees_NN.sum(1, keepdim=True)  # how many of its own path a token sees
+        sees_RNL = sees_RNL & (at_L >= ends_R11 + depths_N1 - window)
+        sees_NN = sees_NN & (depths_N1 - depths_N1.T < window)
+    return torch.cat([sees_RNL, sees_NN.expand(len(ends_R), -1, -1)], dim=2)
 
 
 def _mask(queries: int, tokens: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -167,7 +167,7 @@ class ContinuousEngine:
 
     def _read_limits(self) -> ReadLimits:
         words = self._model_limits.vocabulary
-        scores = max(LEAST_SCORES, SCORE_BYTES // (SCORE_ITEM_BYTES * words))
+        scores = max(LEAST_SCORES, SCORE_BYTES[self._device.type] // (SCORE_ITEM_BYTES * words))
         return ReadLimits(scores, max(1, min(scores, self._limits.step_tokens) // 2))
 
     def _make_forward(self, model: PreTrainedModel) -> Forward:

@@ -7,6 +7,9 @@ card and only what is new of them is sent, so that a recorded step finds them wh
 Where a model's layers are spread over several cards, each layer's pages are on its own card; the
 tables are kept on the first, and the others get a copy when a step first reaches them.
 
+Candidates' tokens are attended from over a copy of their rows' pages, many rows at once: label by
+label a step of a hundred rows would start thousands of small kernels.
+
 Shapes: N blocks, P tokens of a block, K key-value heads, H query heads, D sizes, S slots, W blocks
 of the longest row, T tokens of the packed sequence, R rows with a single token, I items of queries.
 """
@@ -14,21 +17,33 @@ of the longest row, T tokens of the packed sequence, R rows with a single token,
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from typing_extensions import override
 
-from quantbatch.engine.attention import attend_one_row, attend_tree
+from quantbatch.engine.attention import attend_one_row, attend_trees
 from quantbatch.engine.blocks import BLOCK_TOKENS
 from quantbatch.engine.kvstore import AttentionOptions, KvStore, Span, sees_each_other, send
+from quantbatch.engine.pieces import TREE_TOKENS_AT_ONCE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from quantbatch.engine.paged_attention import Queries
+
+
+class _Trees(NamedTuple):
+    """Rows, side by side in the packed sequence, whose candidates make the same tree."""
+
+    spans: Sequence[Span]
+    sees_NN: Tensor
+    """Which of each other the candidates' tokens of a row see."""
+    slots_R: Tensor
+    ends_R: Tensor
+    """Tokens of each row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +83,7 @@ class PagedStore(KvStore):
             (slots + 1, row_blocks), blocks, dtype=torch.int32, device=device
         )
         self._spans: Sequence[Span] = []
-        self._trees: list[tuple[Span, Tensor]] = []
-        """Spans of candidates, with which of each other their tokens see."""
+        self._trees: list[_Trees] = []
         self._step = _Step(self._table_SW, torch.empty(0, dtype=torch.long, device=device))
         self._copies: dict[torch.device, _Step] = {}
         self._singles = 0
@@ -79,15 +93,19 @@ class PagedStore(KvStore):
 
     @override
     def begin(self, spans: Sequence[Span]) -> None:
-        self._trees = [
-            (span, sees_each_other(span.parents).to(self._device)) for span in spans if span.parents
-        ]
-        self._spans = spans = spans[: len(spans) - len(self._trees)]
+        trees = [span for span in spans if span.parents]
+        self._trees = [self._side_by_side(alike) for alike in _alike(trees)]
+        self._spans = spans = spans[: len(spans) - len(trees)]
         self.update_tables(spans)
         places = [place for span in spans for place in self._places(span)]
         self._step, self._copies = _Step(self._table_SW, self._send(places)), {}
         self._singles = sum(span.tokens == 1 for span in spans)
         assert all(span.tokens == 1 for span in spans[: self._singles]), "singles come first"
+
+    def _side_by_side(self, spans: Sequence[Span]) -> _Trees:
+        sees_NN = sees_each_other(spans[0].parents).to(self._device)
+        slots, ends = ([getattr(span, name) for span in spans] for name in ("slot", "start"))
+        return _Trees(spans, sees_NN, self._send(slots), self._send(ends))
 
     def begin_singles(self, slots_R: Tensor, positions_R: Tensor, places_R: Tensor) -> None:
         """Prepare for a step of single tokens whose inputs are on the card already."""
@@ -145,8 +163,8 @@ class PagedStore(KvStore):
             new_TKD = new_1KTD[0, :, :kept].transpose(0, 1)
             pages_NPKD.flatten(0, 1).index_copy_(0, step.places_T, new_TKD)
         outputs = [
-            self._of_tree(pages, step, (q_1HTD, k_1KTD, v_1KTD), tree, options)
-            for tree in self._trees
+            self._of_trees(pages, step, (q_1HTD, k_1KTD, v_1KTD), trees, options)
+            for trees in self._trees
         ]
         if kept:
             outputs.insert(0, self._of_rows(pages, step, q_1HTD[:, :, :kept], options))
@@ -164,21 +182,35 @@ class PagedStore(KvStore):
         with torch.cuda.device(q_1HTD.device):  # Triton launches on the current card
             return self._in_triton(pages, step, q_1HTD[0].transpose(0, 1), options)[None]
 
-    def _of_tree(
+    def _of_trees(
         self,
         pages: tuple[Tensor, Tensor],
         step: _Step,
         qkv: tuple[Tensor, Tensor, Tensor],
-        tree: tuple[Span, Tensor],
+        trees: _Trees,
         options: AttentionOptions,
     ) -> Tensor:
-        """Attend from candidates' tokens, over a copy of their row's pages."""
-        span, sees_NN = tree
-        place = slice(span.offset, span.offset + span.tokens)
-        q_1HND, *new = (x_1HTD[:, :, place] for x_1HTD in qkv)
-        row = self._row(pages, step, span, span.start)
-        sees_NN = sees_NN.to(q_1HND.device)
-        return attend_tree(q_1HND, row, (new[0], new[1]), sees_NN, options).transpose(1, 2)
+        """Attend from candidates' tokens, over a copy of their rows' pages."""
+        first, rows, device = trees.spans[0], len(trees.spans), qkv[0].device
+        place = slice(first.offset, first.offset + rows * first.tokens)
+        q_RHND, *new = (
+            x_1HTD[0, :, place].reshape(x_1HTD.shape[1], rows, first.tokens, -1).transpose(0, 1)
+            for x_1HTD in qkv
+        )
+        sees_NN, slots_R, ends_R = (x.to(device) for x in trees[1:])
+        longest = max(span.start for span in trees.spans)
+        blocks_RW = step.table_SW[slots_R, : -(-longest // self._page)].long()
+        # What is beyond a row's end is somebody else's, who may have had numbers that are none.
+        beyond_RL = torch.arange(longest, device=device) >= ends_R[:, None]
+        keys, values = (
+            pages_NPKD[blocks_RW]
+            .flatten(1, 2)[:, :longest]
+            .masked_fill_(beyond_RL[:, :, None, None], 0)
+            .transpose(1, 2)
+            for pages_NPKD in pages
+        )
+        out_RHND = attend_trees(q_RHND, (keys, values), (new[0], new[1]), sees_NN, options, ends_R)
+        return out_RHND.transpose(1, 2).flatten(0, 1)[None]
 
     def _step_on(self, device: torch.device) -> _Step:
         """Return what a card needs to know of the step."""
@@ -282,6 +314,21 @@ class PagedStore(KvStore):
     @override
     def forget(self, block: int) -> None:
         pass
+
+
+def _alike(trees: Sequence[Span]) -> Iterator[Sequence[Span]]:
+    """Divide spans of candidates into runs of the same tree whose copies are not too large."""
+    run: list[Span] = []
+    for span in trees:
+        longest = max((each.end for each in [*run, span]), default=0)
+        if run and (
+            span.parents != run[0].parents or (len(run) + 1) * longest > TREE_TOKENS_AT_ONCE
+        ):
+            yield run
+            run = []
+        run.append(span)
+    if run:
+        yield run
 
 
 def _has_triton() -> bool:

@@ -12,14 +12,18 @@ if TYPE_CHECKING:
     from quantbatch.engine.trees import Group, Tree
     from quantbatch.records import Request, TokenLogprobs
 
-SCORE_BYTES = 128 * 2**20
-"""What scores of places may take in a step that rows want which only read."""
+SCORE_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
+"""What scores of places may take in a step that rows want which only read, by device. A step on a
+card takes 30 ms however few rows it has, so with 128 MiB short rows would mostly wait for it."""
 SCORE_ITEM_BYTES = 2 + 4
 """A score as the model gives it, and as float32."""
 LEAST_SCORES = 16
 """Places whose scores a step may have, however large the vocabulary is."""
 PLACES_AT_ONCE = 64
 """Places whose scores are turned into float32 together."""
+TREE_TOKENS_AT_ONCE = 8192
+"""On a card, tokens of rows, of the longest each, whose keys and values are copied together for
+their candidates' tokens."""
 PLACES_ALONE = 128
 """Places whose scores are there at once where rows are read one at a time."""
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from typing_extensions import override
 
-from quantbatch.engine.attention import attend_one_row, attend_tree
+from quantbatch.engine.attention import attend_one_row, attend_trees
 from quantbatch.engine.blocks import BLOCK_TOKENS
 from quantbatch.engine.kvstore import AttentionOptions, KvStore, Span, sees_each_other
 
@@ -135,7 +135,7 @@ class SlotStore(KvStore):
                 for slots_SKLD in (keys_SKLD, values_SKLD)
             )
             new = k_1KTD[:, :, place], v_1KTD[:, :, place]
-            out_1HND = attend_tree(q_1HTD[:, :, place], (k_1KLD, v_1KLD), new, sees_NN, options)
+            out_1HND = attend_trees(q_1HTD[:, :, place], (k_1KLD, v_1KLD), new, sees_NN, options)
             outputs.append(out_1HND.transpose(1, 2))
         return torch.cat(outputs, dim=1)
 

@@ -375,13 +375,19 @@ class Load:
             + workspace.packed_score_bytes(config, self.work.max_tokens, item_bytes)
             + workspace.logit_bytes(config, rows, greedy=self.work.greedy)
             + (workspace.count_bytes(config, rows) if self.work.counts_tokens else 0)
-            + (workspace.reading_bytes(config) if self.work.reads else 0)
+            + (self._reading_bytes() if self.work.reads else 0)
             + self._recorded_bytes(rows)
             # Prompts in pieces gather what a layer has of them, at most all rows' own.
             + workspace.cache_growth_bytes(
                 self.shape, 1, self.work.step_tokens + 2 * self.work.max_tokens
             )
         )
+
+    def _reading_bytes(self) -> int:
+        config = self.checkpoint.text_config
+        if self.device_bytes is None:
+            return workspace.reading_bytes(config)
+        return workspace.reading_bytes(config, "cuda") + workspace.tree_bytes(self.shape)
 
     @property
     def _cublas_bytes(self) -> int:

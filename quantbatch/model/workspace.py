@@ -10,6 +10,7 @@ from quantbatch.engine.pieces import (
     PLACES_AT_ONCE,
     SCORE_BYTES,
     SCORE_ITEM_BYTES,
+    TREE_TOKENS_AT_ONCE,
 )
 from quantbatch.model.footprint import ITEM_BYTES
 from quantbatch.model.sizes import first_of, hidden_size, query_heads
@@ -121,17 +122,28 @@ def logit_bytes(config: Mapping[str, Any], rows: int, *, greedy: bool = False) -
     return rows * first_of(config, "vocab_size") * (GREEDY_LOGIT_BYTES if greedy else LOGIT_BYTES)
 
 
-def reading_bytes(config: Mapping[str, Any]) -> int:
+def reading_bytes(config: Mapping[str, Any], device: str = "cpu") -> int:
     """Return what scores take that rows want which only read, in the continuous engine: those of a
     step, and some of them in float32 twice, for their logsumexp.
+
+    Args:
+        config: Of the language model.
+        device: `cpu` or `cuda`.
 
     Measured on a CPU as what torch allocates (a Llama of hidden size 256 with 150,000 words, steps
     of 512 tokens): scored texts of 2,000 tokens 122 MiB in float32 and 116 in bfloat16, 45 labels
     80 to 99, of 201 that this plans; vectors 8, which are planned as activations.
     """
     words = first_of(config, "vocab_size")
-    scores = max(SCORE_BYTES, LEAST_SCORES * SCORE_ITEM_BYTES * words)
+    scores = max(SCORE_BYTES[device], LEAST_SCORES * SCORE_ITEM_BYTES * words)
     return scores + PLACES_AT_ONCE * words * 2 * ITEM_BYTES["float32"]
+
+
+def tree_bytes(shape: KvShape) -> int:
+    """Return the copies of one layer's keys and values that candidates' tokens are attended from on
+    a card: with and without their own.
+    """
+    return cache_growth_bytes(shape, 2, TREE_TOKENS_AT_ONCE)
 
 
 def alone_bytes(config: Mapping[str, Any]) -> int:

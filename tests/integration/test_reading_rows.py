@@ -13,7 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantbatch.engine import paged
 from quantbatch.engine.continuous import EngineLimits
+from quantbatch.engine.paged import PagedStore
+from quantbatch.engine.pieces import TREE_TOKENS_AT_ONCE
 from quantbatch.engine.reading import numbers
 from quantbatch.records import Completion, Embedded, Failure, Ranked, Request, RequestId, Scored
 from quantbatch.spec import Sampling
@@ -136,6 +139,55 @@ def test_pages_give_the_same(
     engine = InPages(llama.packed, tokenizer, EngineLimits(rows=7, kv_tokens=320, step_tokens=48))
     check(run(engine, mixture(200)[:100]), {k: v for k, v in expected.items() if k.row < 100})
     check_empty(engine)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "mistral", "gpt2"])
+@pytest.mark.parametrize("at_once", [1, 200, TREE_TOKENS_AT_ONCE])
+def test_rows_with_the_same_candidates_are_read_together_in_pages(
+    tmp_path: Path,
+    tokenizer: Any,
+    model_type: str,
+    at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of many lengths, some with a window or squashed scores; what pages held before is no
+    number.
+    """
+    monkeypatch.setattr(paged, "TREE_TOKENS_AT_ONCE", at_once)
+    together: list[int] = []
+    side_by_side = PagedStore._side_by_side
+
+    def noted(store: PagedStore, spans: Any) -> Any:
+        together.append(len(spans))
+        return side_by_side(store, spans)
+
+    monkeypatch.setattr(PagedStore, "_side_by_side", noted)
+    changes = BIG | ARCHITECTURES.get(model_type, {})
+    made = make_model(tmp_path, model_type, dtype=torch.float32, **changes)
+    pair = Pair(loaded(made), loaded(made))
+    chance = random.Random(3)
+    stem = words(chance, 2)
+    few = tuple(tuple([*stem[:i], *words(chance, 2)]) for i in (0, 1, 2, 2))
+    many = (*few, tuple(words(chance, 5)), (7,))
+    requests = [
+        Request(
+            RequestId(0, row),
+            tuple(words(chance, chance.choice([1, 3, 17, 40, 71]))),
+            Sampling(),
+            row,
+            want=Rank(many if row % 9 == 8 else few),
+        )
+        for row in range(30)
+    ]
+    limits = EngineLimits(rows=7, kv_tokens=480, step_tokens=160)
+    engine = InPages(pair.packed, tokenizer, limits)
+    with torch.inference_mode():
+        for pages in engine._forward.store._pages.values():  # type: ignore[attr-defined]
+            for each in pages:
+                each.fill_(torch.nan)
+    check(run(engine, requests), oracle(pair, tokenizer, requests))
+    check_empty(engine)
+    assert (max(together) > 2) == (at_once > 1)
 
 
 def test_a_step_has_no_more_scores_than_it_may(llama: Pair, tokenizer: Any) -> None:
