@@ -20,6 +20,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 from typing_extensions import override
 
+from quantbatch import dataset_threads
 from quantbatch.draining import ours_again, signals_wait
 from quantbatch.errors import ClusterError, JobError, Stopped
 
@@ -100,7 +101,11 @@ def joined(cluster: Cluster) -> Iterator[None]:
         with _quiet_raylet():
             yield
     finally:
-        ray.shutdown()
+        try:
+            if ray.is_initialized():
+                dataset_threads.end()
+        finally:
+            ray.shutdown()
 
 
 def _init(cluster: Cluster) -> None:

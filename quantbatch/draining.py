@@ -64,7 +64,8 @@ def ours_again() -> Iterator[None]:
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
     """Let signals come when the block is over: an exception in the middle of what Ray does there in
-    C++ may end the process with SIGABRT (seen once in some 50 stops).
+    C++ may end the process with SIGABRT (seen once in some 50 stops), and what is half imported of
+    Ray prints a traceback as Python ends.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:

@@ -22,7 +22,7 @@ from quantbatch.cli.common import (
     outcome,
     output_of,
 )
-from quantbatch.draining import stoppable
+from quantbatch.draining import signals_wait, stoppable
 from quantbatch.errors import JobError, SpecError
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def run(  # noqa: PLR0913 - an argument for each option
             problem = "run takes the path of a SPEC, or --openai-batch with --output and --model"
             raise SpecError(JobError(problem, "quantbatch run job.yaml"))
         job = load(spec, overrides)
-        from quantbatch import pipeline
+        with signals_wait():
+            from quantbatch import pipeline
 
         with console.live_progress() as progress:
             report = pipeline.run(job, extend=extend, progress=progress)

@@ -8,7 +8,7 @@ import typer
 
 from quantbatch import console
 from quantbatch.cli.common import AsJson, Overrides, SpecPath, leave, load, outcome, output_of
-from quantbatch.draining import stoppable
+from quantbatch.draining import signals_wait, stoppable
 from quantbatch.errors import JobError, SpecError
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def retry(
     with outcome(as_json), stoppable():
         statuses = _statuses(status, "error")
         job = load(spec, overrides)
-        from quantbatch import retry as retrying
+        with signals_wait():
+            from quantbatch import retry as retrying
 
         with console.live_progress() as progress:
             report = retrying.retry(job, statuses, progress=progress)

@@ -8,13 +8,22 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from quantbatch.spec import Limits
-from tests.integration.support import proven, run_to_the_end, start, write_spec
+from tests.integration.support import (
+    LONGEST_RUN_S,
+    REPOSITORY,
+    proven,
+    run_to_the_end,
+    start,
+    write_spec,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,3 +80,18 @@ def test_runs_end_in_their_time(tmp_path: Path, ray_head: Head, count: Count) ->
         f"drains={drains} with chunks under way={under_way} jobs={jobs} in time={drains} "
         f"slowest={slowest_s:.1f} s lost=0 wrong=0 seed={SEED}"
     )
+
+
+@pytest.mark.parametrize("thread", ["reader", "executor"])
+def test_threads_of_a_dataset_end_before_ray_does(ray_head: Head, thread: str) -> None:
+    """Else a reader's would end the process with code 1, if it frees a reference meanwhile."""
+    left = subprocess.run(
+        [sys.executable, "-m", "tests.integration.leaving", thread],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"RAY_ADDRESS": ray_head.address},
+        timeout=LONGEST_RUN_S,
+        check=False,
+    )
+    assert left.returncode == STOPPED, left.stderr

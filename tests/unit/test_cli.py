@@ -813,6 +813,27 @@ def run_python(*args: str, env: dict[str, str] | None = None) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
 
 
+def test_ctrl_c_while_ray_is_imported_leaves_no_traceback(folder: Path) -> None:
+    """Half of Ray would print one: its own shutdown at Python's end needs the other half."""
+    script = """if True:
+        import os, signal, sys
+
+        class InTheMiddleOfRay:
+            @staticmethod
+            def find_spec(name, *_):
+                if name == "ray.client_builder":
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        sys.meta_path.insert(0, InTheMiddleOfRay)
+        from quantbatch.cli import main
+
+        main(["run", "job.yaml"])
+    """
+    result = run_python("-c", script)
+    assert result.stderr == "interrupted; the same command continues where it was\n"
+    assert result.returncode == 130
+
+
 def test_every_job_error_has_an_exit_code_of_the_help() -> None:
     codes = {error.exit_code for error in JobError.__subclasses__()}
     shown = call("--help").stdout

@@ -1,0 +1,32 @@
+"""Ends Ray Data's threads before Ray itself ends.
+
+While `ray.shutdown()` takes the core worker down, the freeing of one reference in any other thread
+ends the process at once and without a word, with code 1 (`CoreWorkerProcess::GetCoreWorker`, Ray
+2.60). A dataset that is left before its end leaves two kinds of threads behind. The one by which it
+is read hears of it up to 0.1 s later, and frees the references that it had fetched ahead as it
+ends: about one stop in 30 ended with code 1 of it. The one that executes it goes on where a signal
+came between its start and the first block.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+READER = "iter_threaded"
+"""How Ray Data names the thread by which a dataset is read."""
+LONGEST_S = 5.0
+"""Longest wait in seconds for all of them; they take 0.1 s."""
+
+
+def end() -> None:
+    """Stop the execution of datasets, and wait for their threads."""
+    threads = threading.enumerate()
+    executors = [thread for thread in threads if isinstance(thread, StreamingExecutor)]
+    for executor in executors:
+        executor.shutdown(force=False)  # does nothing if it was called before
+    deadline = time.monotonic() + LONGEST_S
+    for thread in (*executors, *(thread for thread in threads if thread.name == READER)):
+        thread.join(max(0.0, deadline - time.monotonic()))
