@@ -243,17 +243,17 @@ def close(got_MN: Tensor, wanted_MN: Tensor) -> bool:
 
 
 @functools.cache
-def _side_stream() -> Any:  # noqa: ANN401
-    """Return the one stream that recordings are made on.
+def _side_stream(device: int) -> Any:  # noqa: ANN401
+    """Return the one stream of a device that recordings are made on.
 
     A new one each time would leave 32 MiB with each: cuBLAS keeps a workspace for every stream.
     """
-    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def seconds(products: Sequence[Product], x_MK: Tensor) -> float:
     """Return the mean time of some products, recorded and replayed one after the other."""
-    stream = _side_stream()
+    stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for each in products:  # compiles what the recording calls

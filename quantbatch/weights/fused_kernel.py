@@ -17,7 +17,7 @@ second kernel adds their sums in fixed order: no atomics, the same bits each tim
 
 Codes become 16-bit numbers by permuting bytes (`expansion.py`). With all that surrounds it that is
 5 to 6.6 instructions for a weight (Nsight Compute, H200), and however a product is divided, they
-are what is waited for: 14,336 x 4,096 by 16 rows takes 29 us there, a quarter of what memory allows
+are what is waited for: 14,336 x 4,096 by 16 rows takes 28 us there, a quarter of what memory allows
 and no longer than bf16 takes by cuBLAS; bitsandbytes takes 69, and 108 for 4,096 x 14,336. A step
 of 32 rows through an 8B model takes 8.6 ms instead of 15.4 (`jobs/bench.py gpu fused`).
 
@@ -176,7 +176,7 @@ def _warps(tiles: Tiles) -> int:
 
     Two, not four, where that is enough. With four Triton takes the tensor cores' instructions for
     whole groups of warps, which want activations in shared memory: on an H200 that was slower, 33
-    against 29 us for 16 rows by 14,336 x 4,096.
+    against 28 us for 16 rows by 14,336 x 4,096.
     """
     return max(2, tiles.rows * tiles.columns // (64 * 32))
 

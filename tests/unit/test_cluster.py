@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+import threading
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from ray._private.worker import print_to_stdstream
-from ray.exceptions import ActorDiedError, OutOfDiskError
+from ray.exceptions import ActorDiedError, OutOfDiskError, RaySystemError
+from typing_extensions import override
 
-from quantbatch import sizing
+from quantbatch import dataset_threads, sizing
 from quantbatch.cluster import Dropped, _quiet_raylet, card_names, chunks_in_flight, explained
 from quantbatch.errors import Stopped
 from quantbatch.spec import Cluster
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @pytest.mark.parametrize(
@@ -110,3 +115,37 @@ def test_what_a_signal_raises_in_the_middle_of_a_dataset_is_not_logged_too(
         log.error("Full stack trace:")
     assert not caplog.records
     assert not log.disabled
+
+
+class _Executing(threading.Thread):
+    """Executes a dataset until it is told to stop, and may not like that."""
+
+    def __init__(self, error: Exception | None) -> None:
+        super().__init__(daemon=True)
+        self.error, self.told = error, threading.Event()
+
+    @override
+    def run(self) -> None:
+        self.told.wait(60)
+
+    def shutdown(self, *, force: bool) -> None:
+        assert not force
+        self.told.set()
+        if self.error:
+            raise self.error
+
+
+@pytest.fixture
+def executing(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_Executing]]:
+    monkeypatch.setattr(dataset_threads, "StreamingExecutor", _Executing)
+    found = [_Executing(RaySystemError("the cluster is gone")), _Executing(None)]
+    for each in found:
+        each.start()
+    yield found
+    for each in found:
+        each.told.set()
+
+
+def test_an_execution_that_can_not_be_stopped_changes_nothing(executing: list[_Executing]) -> None:
+    dataset_threads.end()
+    assert not any(each.is_alive() for each in executing)

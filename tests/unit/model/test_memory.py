@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantbatch.errors import DoesNotFit, ModelError
+from quantbatch.model import memory
 from quantbatch.model.checkpoint import Checkpoint
 from quantbatch.model.footprint import (
     Part,
@@ -587,6 +588,26 @@ def test_experts_are_named_when_they_are_why() -> None:
 
 def packed(checkpoint: Checkpoint, bits: int | None = 4, **changes: Any) -> MemoryPlan:
     return plan(checkpoint, bits, **{"step_tokens": 2048, "greedy": True} | changes)
+
+
+def test_what_reading_takes_on_a_card() -> None:
+    checkpoint = qwen_32b()
+    writes, reads = (packed(checkpoint, batch_size=4, reads=each) for each in (False, True))
+    shape = kv_shape(checkpoint.text_config, 2)
+    # Scores, some of them in float32 and once more, and one layer of 8,192 tokens, twice.
+    scores = 512 * 2**20 + 64 * 152_064 * 2 * 4
+    copies = 2 * 8192 * shape.bytes_per_token // shape.layers
+    assert reads.workspace_bytes - writes.workspace_bytes == scores + copies
+
+
+@pytest.mark.parametrize("step_tokens", [None, 2048])
+def test_the_workspaces_of_cublas(step_tokens: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def workspace_bytes() -> int:
+        return plan(llama_8b(), batch_size=2, step_tokens=step_tokens).workspace_bytes
+
+    found = workspace_bytes()
+    monkeypatch.setattr(memory, "CUBLAS_BYTES", 0)
+    assert found - workspace_bytes() == 4 * 32 * 2**20
 
 
 def test_the_pool_is_what_the_card_has_left() -> None:
