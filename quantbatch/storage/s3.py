@@ -93,7 +93,10 @@ class S3Store:
         with explained(self.uri):
             found = self._fs.find(self._path(prefix).rstrip("/"), detail=True)
         for name in sorted(found):
-            yield self._info(found[name])
+            # Where it lists nothing s3fs looks for a file of that name, and finds a folder if a rival
+            # has begun meanwhile. The markers that consoles make for folders are no files either.
+            if found[name]["type"] == "file" and not name.endswith("/"):
+                yield self._info(found[name])
 
     def _info(self, found: dict[str, Any]) -> FileInfo:
         key = found["name"][len(self.uri.removeprefix("s3://")) + 1 :]

@@ -39,6 +39,35 @@ def test_put_read_list_delete(bucket: Bucket) -> None:
         store.read("a.json")
 
 
+@pytest.mark.parametrize("prefix", ["", "b"])
+def test_what_is_put_while_a_store_is_listed_is_no_name_of_its_own(
+    bucket: Bucket, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rival's first key in an empty output: s3fs then looks again, and finds a folder."""
+    store = bucket.store("out")
+    listed = store._fs._lsdir
+
+    async def then_put(*what: object, **how: object) -> object:
+        found = await listed(*what, **how)
+        await store._fs._pipe_file(store._path("b/2.json"), b"two")
+        return found
+
+    monkeypatch.setattr(store._fs, "_lsdir", then_put)
+    assert [info.key for info in store.list(prefix)] in ([], ["b/2.json"])
+    monkeypatch.undo()
+    assert [info.key for info in store.list(prefix)] == ["b/2.json"]
+
+
+def test_the_marker_of_a_folder_is_no_file(bucket: Bucket) -> None:
+    """Consoles make one for a folder that they show."""
+    parent = bucket.store("")
+    parent._fs.call_s3("put_object", Bucket=bucket.uri.removeprefix("s3://"), Key="out/", Body=b"")
+    store = bucket.store("out")
+    assert list(store.list()) == []
+    store.put("b/2.json", b"two")
+    assert [info.key for info in store.list()] == ["b/2.json"]
+
+
 def test_put_file(bucket: Bucket, tmp_path: Path) -> None:
     path = tmp_path / "scratch"
     path.write_bytes(b"x" * 6_000_000)
