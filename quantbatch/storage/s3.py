@@ -93,8 +93,8 @@ class S3Store:
         with explained(self.uri):
             found = self._fs.find(self._path(prefix).rstrip("/"), detail=True)
         for name in sorted(found):
-            # Where it lists nothing s3fs looks for a file of that name, and finds a folder if a rival
-            # has begun meanwhile. The markers that consoles make for folders are no files either.
+            # Where it lists nothing s3fs looks for a file of that name, and finds a folder if a
+            # rival has begun meanwhile. Markers that consoles make for folders are no files either.
             if found[name]["type"] == "file" and not name.endswith("/"):
                 yield self._info(found[name])
 
