@@ -319,13 +319,13 @@ class PagedStore(KvStore):
 def _alike(trees: Sequence[Span]) -> Iterator[Sequence[Span]]:
     """Divide spans of candidates into runs of the same tree whose copies are not too large."""
     run: list[Span] = []
+    longest = 0
     for span in trees:
-        longest = max((each.end for each in [*run, span]), default=0)
-        if run and (
-            span.parents != run[0].parents or (len(run) + 1) * longest > TREE_TOKENS_AT_ONCE
-        ):
+        longest = max(longest, span.end)
+        too_many = (len(run) + 1) * longest > TREE_TOKENS_AT_ONCE
+        if run and (too_many or span.parents != run[0].parents):
             yield run
-            run = []
+            run, longest = [], span.end
         run.append(span)
     if run:
         yield run

@@ -243,7 +243,7 @@ def close(got_MN: Tensor, wanted_MN: Tensor) -> bool:
 
 
 @functools.cache
-def _side_stream(device: int) -> Any:  # noqa: ANN401
+def _side_stream(device: int) -> Any:  # noqa: ANN401 - torch ships no types for it
     """Return the one stream of a device that recordings are made on.
 
     A new one each time would leave 32 MiB with each: cuBLAS keeps a workspace for every stream.

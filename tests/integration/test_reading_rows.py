@@ -181,8 +181,10 @@ def test_rows_with_the_same_candidates_are_read_together_in_pages(
     ]
     limits = EngineLimits(rows=7, kv_tokens=480, step_tokens=160)
     engine = InPages(pair.packed, tokenizer, limits)
+    store = engine._forward.store
+    assert isinstance(store, PagedStore)
     with torch.inference_mode():
-        for pages in engine._forward.store._pages.values():  # type: ignore[attr-defined]
+        for pages in store._pages.values():
             for each in pages:
                 each.fill_(torch.nan)
     check(run(engine, requests), oracle(pair, tokenizer, requests))
